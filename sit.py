@@ -272,8 +272,8 @@ def read_file(path):
 def load(path, heads=None):
     """A SiT from a file: a raw state dict, or {"ema": state dict[, "config"][, "convention"]} as ours and SiT's are.
 
-    -> (net, convention): "sit" or "repa" (see fmd.CONVENTIONS), the file's own word, else "repa" where the file has
-    REPA's projectors and "sit" where not. Raises ValueError naming the path and what is wrong."""
+    -> (net, info): what the file says besides the weights, with info["convention"] "sit" or "repa" (fmd.CONVENTIONS),
+    the file's own word, else "repa" where it has REPA's projectors. Raises ValueError naming the path and the fault."""
     file = read_file(path)
     try:
         if not isinstance(file, dict):
@@ -285,6 +285,7 @@ def load(path, heads=None):
         heads = heads or config.get("heads")
         if not (heads is None or (isinstance(heads, int) and heads > 0)):
             raise ValueError(f"config says heads = {heads!r}")
-        return from_state_dict(state, heads), file.get("convention", "repa" if repa else "sit")
+        info = {k: v for k, v in file.items() if k != "ema"} if state is not file else {}
+        return from_state_dict(state, heads), {"convention": "repa" if repa else "sit", **info}
     except (ValueError, AttributeError) as e:
         raise ValueError(f"{path}: {e}") from None
