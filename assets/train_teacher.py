@@ -13,10 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sit import SiT                                                                          # noqa: E402
+import sit                                                                          # noqa: E402
 
 
 def read_idx(folder, name):
@@ -43,6 +44,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--mnist", metavar="DIR", help="folder with the IDX files (default: download)")
     parser.add_argument("--out", default="assets/teacher-mnist.pt")
+    parser.add_argument("--init", metavar="F", help="go on from these weights, with a fresh schedule")
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1e-3, help="peak; linear warm-up over 200 steps, then linear to 0")
@@ -54,7 +56,9 @@ def main():
     torch.manual_seed(0)
     x, y = (a.to(args.device) for a in load_mnist(args.mnist))
     depth, width, heads = args.size
-    net, ema = (SiT((1, 28, 28), depth, width, heads, patch=4, classes=10).to(args.device) for _ in range(2))
+    net, ema = (sit.SiT((1, 28, 28), depth, width, heads, patch=4, classes=10).to(args.device) for _ in range(2))
+    if args.init:
+        net.load_state_dict(sit.load(args.init)[0].state_dict())
     ema.load_state_dict(net.state_dict())
     ema.requires_grad_(False)
     opt = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01)
@@ -66,8 +70,9 @@ def main():
         label = torch.where(torch.rand(args.batch, device=args.device) < 0.1, 10, y[i])        # 10 % learn ∅
         n, t = torch.randn_like(x[i]), torch.rand(args.batch, device=args.device)              # t = 1 is noise
         x_t = (1 - t).view(-1, 1, 1, 1) * x[i] + t.view(-1, 1, 1, 1) * n
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
-            u = net(x_t, 1 - t, label)                                                         # SiT's time is 1 - t
+        # SiT's time is 1 - t. With 49 tokens plain attention beats the fused kernels (1.6 times a step in bf16 on a CPU)
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16), sdpa_kernel(SDPBackend.MATH):
+            u = net(x_t, 1 - t, label)
         loss = (u.float() - (x[i] - n)).square().mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
