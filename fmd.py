@@ -1,36 +1,38 @@
 # SPDX-License-Identifier: MIT
 """FMD: data-free flow-map distillation, a minimal implementation of FreeFlow (Tong et al., arXiv 2511.19428).
 
-A pretrained flow model (the teacher) makes a sample by integrating its velocity from noise to data: tens to hundreds
-of network evaluations. A flow map (the student) jumps along the same path in one evaluation. We distil one into the
-other without any data: every training state is either drawn from the prior or predicted by the student itself, so the
-student is only ever asked about states that its teacher really visits. Two signals do it. *Prediction*: the student's
-path must move with the teacher's velocity. *Correction*: where the student's samples, noised again, flow differently
-from the teacher's distribution, push them back.
+A pretrained flow model (the teacher) makes a sample by integrating its velocity from noise to data: tens to
+hundreds of network evaluations. A flow map (the student) jumps along the same path in one evaluation. We distil
+one into the other without any data: every training state is drawn from the prior or predicted by the student
+itself, so the student is only ever asked about states that its teacher really visits. Two signals do it.
+*Prediction*: the student's path must move with the teacher's velocity. *Correction*: where the student's samples,
+noised again, flow differently from the teacher's distribution, push them back.
 
 Time: t = 1 IS NOISE, t = 0 IS DATA. Velocities point in the generating direction, from noise to data.
 
-  symbol      in the code        meaning                                                              shape, range
-  z           z                  prior sample, standard normal                                        (B, ...)
-  y, ∅        y, null            class label, null label                                              (B,)
-  γ           gamma              guidance strength: 1 is none                                         (B,)
-  t           t                  time                                                                 (B,) in [0, 1]
-  δ           delta              integration duration, from the prior at t = 1 to t = 1 - δ           (B,) in [0, 1]
-  u(x, t)     u, teacher         teacher's velocity, dx/d(1-t); E[x0 - n | x_t] on the linear path    like x
-  F(z, δ)     F, student         student: average velocity over the first δ of the path               like z
-  f(z, δ)     flow_map(F, z, δ)  z + δ F(z, δ): where the path is after δ; f(z, 1) is the sample      like z
-  v_G         in prediction      ∂f/∂δ = F + δ ∂F/∂δ: velocity at which the student generates         like z
-  I_r(x, n)   interpolate        (1 - r) x + r n: a sample x, noised to time r                        like x
-  v_N(x, r)   g, online          velocity of the flow that noises the student's own samples           like x
-  sg          .detach()          stop-gradient: this side is a target, not a thing to move
+  symbol     in the code        meaning                                                            shape, range
+  z          z                  prior sample, standard normal                                      (B, ...)
+  y, ∅       y, null            class label, null label                                            (B,)
+  γ          gamma              guidance strength; 1 is none                                       (B,)
+  t          t                  time                                                               (B,) in [0, 1]
+  δ          delta              integration duration, from the prior at t = 1 to t = 1 - δ         (B,) in [0, 1]
+  u(x, t)    u                  teacher's velocity dx/d(1-t); E[x0 - n | x_t] on the linear path   like x
+  F(z, δ)    F                  student: average velocity over the first δ of the path             like z
+  f(z, δ)    flow_map(F, z, δ)  z + δ F(z, δ): where the path is after δ; f(z, 1) is the sample    like z
+  v_G        v_G                ∂f/∂δ = F + δ ∂F/∂δ: velocity at which the student generates       like z
+  I_r(x, n)  interpolate        (1 - r) x + r n: a sample x noised to time r with fresh noise n    like x
+  v_N(x, r)  v_N, g             velocity of the flow that noises the student's own samples         like x
+  Δ          residual           student's velocity minus the teacher's: v_G - u or v_N - u         like x
+  sg         .detach()          stop-gradient: a target, not a thing to move
 
 Launch:
-  python fmd.py                                                 distil the bundled teacher (28x28 digits), on a laptop
-  python fmd.py                                                 again: resumes where the run stopped
-  torchrun --nproc_per_node=8 fmd.py --batch 512                many GPUs (or processes: gloo on a CPU)
-  python fmd.py --sample 100 --guidance 1.5 --labels 0-9        one-step samples
-  python fmd.py --rollout 100 --solver heun                     the teacher's, many steps
-  python fmd.py --dry-run                                       settings, sizes and files, without running
+  python fmd.py                                              distil the bundled teacher (28x28 digits), on a laptop
+  python fmd.py                                              again: resumes where that run stopped
+  torchrun --nproc_per_node=8 fmd.py --batch 512             many GPUs (or processes: gloo on a CPU)
+  python fmd.py --sample 100 --guidance 1.5 --labels 0-9     one-step samples
+  python fmd.py --rollout 100 --solver heun                  the teacher's, in many steps
+  python fmd.py --benchmark                                  where a training step's time goes
+  python fmd.py --dry-run                                    settings, sizes and files, without running
 """
 
 import argparse
@@ -41,7 +43,6 @@ import math
 import os
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -57,79 +58,73 @@ from fid import Moments, frechet_distance
 HERE = Path(__file__).resolve().parent
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. Settings. [paper]: from the paper. [ours]: our choice, with its reason in the README. "free" settings may differ
-#    from those of the run that is resumed; the others are part of the mathematics.
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
+# 1. Settings. [paper]: the paper's. [ours]: our choice, see the README. A free setting may change when a run
+#    is resumed; the others are part of the mathematics.
+# -----------------------------------------------------------------------------------------------------------
 
 def setting(default, meaning, free=False):
     return dataclasses.field(default=default, metadata={"meaning": meaning, "free": free})
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Settings:
-    res: int = setting(28, "preset, by the side of the images in pixels: 28 [bundled teacher, MNIST]")
-    teacher: str = setting("assets/teacher-mnist.pt", "teacher's weights, a file (SiT layout)")
-    out: str = setting("", "output folder; default out/RES", free=True)
-    steps: int = setting(1500, "optimiser steps", free=True)
-    batch: int = setting(64, "global batch, samples per step over all processes")
-    correction: float = setting(0.25, "share of the batch for correction, the rest for prediction; 0 or 1: one alone [paper]")
-    k: float = setting(1.0, "weight 1/(|Δ|²/d + ε)^k of a sample's residual Δ [paper: 1]")
-    alpha: float = setting(1.0, "strength α of correction against prediction [paper: 1, robust from 0.3 to 3]")
-    gamma: tuple = setting((1.0, 2.0), "range of guidance γ ~ U(low, high) the student is trained for [ours]")
-    interval: tuple = setting((0.0, 1.0), "times t in which the teacher is guided")
-    cut: float = setting(0.7, "correction: teacher guided for r up to this only [paper: 0.7]")
-    r_location: float = setting(0.8, "correction: r ~ LogitNormal(location, scale) [paper: 0.8]")
-    r_scale: float = setting(1.0, "correction: scale of that distribution [ours]")
-    derivative: str = setting("jvp", "∂F/∂δ: jvp (forward mode, exact) or fd (backward difference, a third of the cost)")
+    res: int = setting(28, "preset, by image side in pixels: 28 (MNIST, bundled teacher)")
+    teacher: str = setting("assets/teacher-mnist.pt", "teacher's weights, a file in SiT's layout")
+    out: str = setting("", "output folder; empty: out/RES", free=True)
+    steps: int = setting(1000, "optimiser steps", free=True)
+    batch: int = setting(64, "samples per step, over all processes")
+    correction: float = setting(0.25, "share of the batch for correction; 0 or 1: one objective alone [paper]")
+    k: float = setting(1.0, "exponent of the weight 1/(|Δ|²/d + ε)^k of a sample [paper: 1]")
+    alpha: float = setting(1.0, "strength α of correction against prediction [paper: 1; 0.3 to 3 work]")
+    gamma: tuple = setting((1.0, 2.0), "guidance γ ~ U(LOW, HIGH) the student is trained for [ours]")
+    interval: tuple = setting((0.0, 1.0), "times t between which the teacher is guided")
+    cut: float = setting(0.7, "in correction the teacher is guided for r up to this [paper]")
+    r_location: float = setting(0.8, "correction's r ~ LogitNormal: location [paper]")
+    r_scale: float = setting(1.0, "and scale [ours]")
+    derivative: str = setting("jvp", "∂F/∂δ by jvp (forward mode) or fd (finite difference, a third of the cost)")
     lr: float = setting(3e-4, "peak learning rate of the student, AdamW [ours]")
-    online_lr: float = setting(3e-4, "peak learning rate of the online network g [ours]")
+    online_lr: float = setting(3e-4, "peak learning rate of g [ours]")
     warmup: int = setting(20, "steps of linear warm-up [ours]")
-    decay_from: float = setting(0.5, "fraction of the steps after which the rate falls linearly to 0 [ours]")
-    clip: float = setting(1.0, "gradient norm above which a gradient is scaled down [ours]")
-    ema: float = setting(0.995, "decay per step of the student's moving average, which is what is saved [ours]")
+    decay_from: float = setting(0.5, "fraction of the steps after which the rates fall linearly to 0 [ours]")
+    clip: float = setting(1.0, "gradient norm above which a network's gradient is scaled down [ours]")
+    ema: float = setting(0.995, "decay per step of the averaged student, the one that is used [ours]")
     seed: int = setting(0, "every random draw is keyed by (seed, step, purpose)")
     eval_samples: int = setting(256, "noises on which student and teacher are compared", free=True)
     log_every: int = setting(25, "steps between lines of metrics.jsonl", free=True)
-    eval_every: int = setting(500, "steps between evaluations (and at the end)", free=True)
-    ckpt_every: int = setting(500, "steps between checkpoints (and at the end)", free=True)
-    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu", free=True)
+    eval_every: int = setting(500, "steps between evaluations; the last step has one too", free=True)
+    ckpt_every: int = setting(500, "steps between checkpoints; the last step has one too", free=True)
+    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda or cuda:N", free=True)
 
     def __post_init__(self):
-        def need(ok, name, fix):
-            if not ok:
-                value = getattr(self, name)
-                value = " ".join(map(str, value)) if isinstance(value, tuple) else value
-                raise ValueError(f"--{name.replace('_', '-')} {value}: {fix}")
-
-        need(self.res in PRESETS, "res", f"choose from {sorted(PRESETS)}")
-        for name in ("steps", "batch", "log_every", "eval_every", "ckpt_every"):
-            need(getattr(self, name) >= 1, name, "must be at least 1")
-        need(self.eval_samples >= 2, "eval_samples", "must be at least 2: a covariance needs two")
-        need(0 <= self.correction <= 1, "correction", "must be in [0, 1]")
-        need(math.isclose(self.batch * self.correction, self.corrected, abs_tol=1e-6), "batch",
-             f"times --correction {self.correction} is not a whole number: choose a multiple of "
-             f"{next((m for m in range(1, 101) if (m * self.correction) % 1 < 1e-9), 100)}")
-        need(self.k >= 0, "k", "must be 0 or more")
-        need(self.alpha > 0, "alpha", "must be positive; to switch correction off use --correction 0")
-        need(0 <= self.gamma[0] <= self.gamma[1] < math.inf, "gamma", "give a range as LOW HIGH, 0 <= LOW <= HIGH")
-        need(0 <= self.interval[0] <= self.interval[1] <= 1, "interval", "give times as LOW HIGH, 0 <= LOW <= HIGH <= 1")
-        need(0 <= self.cut <= 1, "cut", "must be a time in [0, 1]")
-        need(math.isfinite(self.r_location), "r_location", "must be finite")
-        need(0 < self.r_scale < math.inf, "r_scale", "must be positive")
-        need(self.derivative in ("jvp", "fd"), "derivative", "choose jvp or fd")
-        for name in ("lr", "online_lr", "clip"):
-            need(0 < getattr(self, name) < math.inf, name, "must be positive")
-        need(self.warmup >= 0, "warmup", "must be 0 or more")
-        need(0 <= self.decay_from <= 1, "decay_from", "must be in [0, 1]")
-        need(0 <= self.ema < 1, "ema", "must be in [0, 1)")
-        need(self.seed >= 0, "seed", "must be 0 or more")
-        need(self.device.split(":")[0] in ("cpu", "cuda"), "device", "choose cpu or cuda")
-        need(self.device == "cpu" or torch.cuda.is_available(), "device", "torch sees no GPU here: use --device cpu")
+        share = next((m for m in range(1, 101) if round(m * self.correction, 9) % 1 == 0), 100)
+        whole = math.isclose(self.batch * self.correction, self.corrected, abs_tol=1e-6)
+        counts, rates = ("steps", "batch", "log_every", "eval_every", "ckpt_every"), ("lr", "online_lr", "clip")
+        rules = [("res", self.res in PRESETS, f"choose from {sorted(PRESETS)}"),
+                 *((name, getattr(self, name) >= 1, "must be at least 1") for name in counts),
+                 *((name, 0 < getattr(self, name) < math.inf, "must be positive") for name in rates),
+                 *((name, getattr(self, name) >= 0, "must be 0 or more") for name in ("k", "warmup", "seed")),
+                 ("eval_samples", self.eval_samples >= 2, "must be at least 2: a covariance needs two"),
+                 ("correction", 0 <= self.correction <= 1, "must be in [0, 1]"),
+                 ("batch", whole, f"--correction {self.correction} of it must be whole: try a multiple of {share}"),
+                 ("alpha", 0 < self.alpha < math.inf, "must be positive; no correction is --correction 0"),
+                 ("gamma", 0 <= self.gamma[0] <= self.gamma[1] < math.inf, "must be LOW HIGH, 0 <= LOW <= HIGH"),
+                 ("interval", 0 <= self.interval[0] <= self.interval[1] <= 1, "must be LOW HIGH within 0 and 1"),
+                 ("cut", 0 <= self.cut <= 1, "must be a time in [0, 1]"),
+                 ("r_location", math.isfinite(self.r_location), "must be finite"),
+                 ("r_scale", 0 < self.r_scale < math.inf, "must be positive"),
+                 ("derivative", self.derivative in ("jvp", "fd"), "choose jvp or fd"),
+                 ("decay_from", 0 <= self.decay_from <= 1, "must be in [0, 1]"),
+                 ("ema", 0 <= self.ema < 1, "must be in [0, 1)"),
+                 ("device", self.device.split(":")[0] in ("cpu", "cuda"), "choose cpu, cuda or cuda:N"),
+                 ("device", self.device == "cpu" or torch.cuda.is_available(), "no GPU here: use --device cpu")]
+        for name, fine, fix in rules:
+            if not fine:
+                raise ValueError(f"--{name.replace('_', '-')} {plain(getattr(self, name))}: {fix}")
 
     @property
     def corrected(self):
-        """Samples of the global batch that go to the correction objective."""
+        """Samples of the global batch that go to correction."""
         return round(self.batch * self.correction)
 
     @property
@@ -137,42 +132,50 @@ class Settings:
         return Path(self.out or f"out/{self.res}")
 
 
-PRESETS = {28: {}}              # what differs from the defaults above, by resolution
+def plain(value):
+    """A setting as it is typed."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. The prior. All randomness of a step is drawn on the CPU for the whole global batch from generators keyed by what
-#    it is for, and sliced per process: the same numbers on any device and world size, and after a resume.
-# ---------------------------------------------------------------------------------------------------------------------
+# What differs from the defaults above, by resolution. At 28, in float32 on a CPU, a finite difference is as good as
+# the JVP and takes a third of its time.
+PRESETS = {28: {"derivative": "fd"}}
+
+
+# -----------------------------------------------------------------------------------------------------------
+# 2. The prior. A step's random numbers are drawn on the CPU for the whole global batch, from generators keyed
+#    by what they are for, and sliced per process: the same on any device, any world size, after any resume.
+# -----------------------------------------------------------------------------------------------------------
 
 def generator(*key):
-    """A torch.Generator for a key such as (seed, step, "noise"): equal keys, equal draws; no state to save."""
+    """A torch.Generator for a key such as (seed, step, "z"): equal keys, equal draws, and no state to save."""
     digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
 
 
-def prior(shape, null, s, step, part, rank=0, world=1):
+def prior(shape, classes, s, step, part, rank=0, world=1):
     """One step's draws for this process -> dict of CPU tensors. part is "prediction" or "correction".
 
-    z (b, *shape) noise; y (b,) labels, the null class included as often as any other; gamma (b,) guidance. Then delta
-    (b,) ~ U(0, 1) for prediction; n (b, *shape) fresh noise and r (b,) ~ LogitNormal for correction, where δ = 1."""
+    Both: z (b, *shape) noise, y (b,) labels in [0, classes), gamma (b,). Prediction: delta (b,) ~ U(0, 1).
+    Correction, where δ = 1: n (b, *shape) fresh noise and r (b,) ~ LogitNormal(s.r_location, s.r_scale)."""
     size = s.corrected if part == "correction" else s.batch - s.corrected
-    draw = {name: generator(s.seed, step, part, name) for name in ("z", "y", "gamma", "delta", "n", "r")}
-    low, high = s.gamma
-    out = {"z": torch.randn(size, *shape, generator=draw["z"]),
-           "y": torch.randint(null, (size,), generator=draw["y"]),
-           "gamma": low + (high - low) * torch.rand(size, generator=draw["gamma"])}
+
+    def draw(kind, name, *shape, **extra):
+        return kind(size=(size, *shape), generator=generator(s.seed, step, part, name), **extra)
+
+    out = {"z": draw(torch.randn, "z", *shape), "y": draw(torch.randint, "y", low=0, high=classes),
+           "gamma": s.gamma[0] + (s.gamma[1] - s.gamma[0]) * draw(torch.rand, "gamma")}
     if part == "prediction":
-        out["delta"] = torch.rand(size, generator=draw["delta"])
+        out["delta"] = draw(torch.rand, "delta")
     else:
-        out["n"] = torch.randn(size, *shape, generator=draw["n"])
-        out["r"] = torch.sigmoid(s.r_location + s.r_scale * torch.randn(size, generator=draw["r"]))
+        out["n"] = draw(torch.randn, "n", *shape)
+        out["r"] = torch.sigmoid(s.r_location + s.r_scale * draw(torch.randn, "r"))
     return {name: value[rank * size // world:(rank + 1) * size // world] for name, value in out.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # 3. The teacher: a guided velocity and its rollout
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
 def expand(t, x):
     """(B,) -> (B, 1, ..., 1), to multiply x (B, ...)."""
@@ -180,29 +183,30 @@ def expand(t, x):
 
 
 def guidance_within(gamma, t, low, high):
-    """γ where low <= t <= high, else 1, which is no guidance. All (B,)."""
+    """γ where low <= t <= high, else 1, which is no guidance. gamma, t (B,) -> (B,)."""
     return torch.where((low <= t) & (t <= high), gamma, torch.ones_like(gamma))
 
 
 def guided(velocity, x, t, y, gamma, null):
-    """Classifier-free guidance: u(x|∅) + γ (u(x|y) - u(x|∅)), both halves in one call of velocity(x, t, y).
+    """Classifier-free guidance u(x|∅) + γ (u(x|y) - u(x|∅)), both halves in one call of velocity(x, t, y).
 
-    x (B, ...), t, y, gamma (B,), null an int -> (B, ...). On every channel (the DiT code guides only three)."""
-    halves = velocity(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, null)]))  # (2B, ...)
-    u_y, u_null = halves.chunk(2)                                                # 2 x (B, ...)
+    x (B, ...); t, y, gamma (B,); null an int -> (B, ...). On all channels (the DiT code guides only three)."""
+    nulls = torch.full_like(y, null)
+    halves = velocity(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, nulls]))    # (2B, ...)
+    u_y, u_null = halves.chunk(2)                                                     # 2 x (B, ...)
     return u_null + expand(gamma, x) * (u_y - u_null)
 
 
 @torch.no_grad()
 def rollout(u, z, steps, solver="heun", path=False):
-    """Integrate dx/d(1-t) = u(x, t) from t = 1 to t = 0 on a uniform grid. Euler: 1 evaluation a step, Heun: 2.
+    """Integrate dx/d(1-t) = u(x, t) from t = 1 to t = 0 on a uniform grid. Evaluations a step: Euler 1, Heun 2.
 
-    u(x, t) with x (B, ...), t (B,) -> (B, ...). -> end point (B, ...), or the path (steps + 1, B, ...)."""
+    u(x, t) takes x (B, ...), t (B,). -> the end point (B, ...), or with path=True (steps + 1, B, ...)."""
     if solver not in ("heun", "euler"):
         raise ValueError(f"solver {solver!r}: choose heun or euler")
     x, xs = z, [z]
     for i in range(steps):
-        t, s = (x.new_full((len(x),), 1 - j / steps) for j in (i, i + 1))        # from t on to s < t
+        t, s = (x.new_full((len(x),), 1 - j / steps) for j in (i, i + 1))             # from t on to s < t
         v = u(x, t)
         if solver == "heun":
             v = (v + u(x + v / steps, s)) / 2
@@ -211,107 +215,107 @@ def rollout(u, z, steps, solver="heun", path=False):
     return torch.stack(xs) if path else x
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # 4. The student: a flow map, and the velocity at which it generates
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
 def flow_map(F, z, delta):
-    """f(z, δ) = z + δ F(z, δ) (paper, Eq. 5). With δ = 1 this is the sampler: one evaluation of the student."""
+    """f(z, δ) = z + δ F(z, δ). At δ = 1 this is the sampler: one evaluation. z (B, ...), delta (B,)."""
     return z + expand(delta, z) * F(z, delta)
 
 
 @torch.no_grad()
 def duration_derivative(F, z, delta, value, method="jvp", h=5e-3):
-    """∂F/∂δ at fixed z: a partial derivative, the tangent is 1 on δ and nothing on z. value is F(z, δ). -> like z.
+    """∂F/∂δ at fixed z, a partial derivative: the tangent is 1 on δ and 0 on z. value is F(z, δ). -> like z.
 
-    jvp: forward mode, exact; attention needs its plain kernel, the fused ones have no forward derivative. fd:
-    backward difference, a single evaluation since F(z, δ) is at hand; error O(h). It wants float32: bfloat16 rounds
-    by 4e-3, as much as the step h itself."""
+    jvp: forward mode, exact; the fused attention kernels have no forward derivative, so it takes the plain one.
+    fd: backward difference, one evaluation, since F(z, δ) is at hand; error O(h). It wants float32: bfloat16
+    rounds by 4e-3, as much as the step h itself."""
     if method == "fd":
         return (value - F(z, delta - h)) / h
     with sdpa_kernel(SDPBackend.MATH):
         return torch.func.jvp(lambda d: F(z, d), (delta,), (torch.ones_like(delta),))[1]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. The two objectives. Each compares a velocity of the student's with the teacher's and calls the difference Δ; the
-#    loss is built so that its gradient is that of <F, sg(w Δ)>: move F against the difference.
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
+# 5. The objectives. Each gives a residual Δ, a velocity of the student minus the teacher's, and the student
+#    moves F against it: its loss has the gradient of <F, sg(w Δ)>.
+# -----------------------------------------------------------------------------------------------------------
 
 def interpolate(x, n, r):
-    """I_r(x, n) = (1 - r) x + r n: sample x noised to time r."""
+    """I_r(x, n) = (1 - r) x + r n: the sample x noised to time r. x, n (B, ...), r (B,)."""
     return (1 - expand(r, x)) * x + expand(r, x) * n
 
 
 def prediction(F, u, z, delta, derivative=duration_derivative):
-    """Prediction objective (paper, Eq. 7 to 9) -> F(z, δ), with gradient, and the residual Δ_G = v_G - u(f(z, δ), 1 - δ).
+    """Prediction (paper, Eq. 7 to 9) -> F(z, δ), with gradient, and Δ_G = v_G - u(f(z, δ), 1 - δ).
 
-    Differentiating δ F(z, δ) = ∫ u along the path in δ gives F + δ ∂F/∂δ = u(f, 1 - δ): the student must generate at
-    the velocity the teacher has where the *student* is. F(z, δ), u(x, t) callables; z (B, ...), delta (B,)."""
-    average = F(z, delta)                                                        # (B, ...)
-    with torch.no_grad():                                                        # sg: the rest is the target
-        f = z + expand(delta, z) * average                                       # f(z, δ)
-        v_G = average + expand(delta, z) * derivative(F, z, delta, average)         # ∂f/∂δ
+    A perfect student has δ F(z, δ) = ∫ u along the path; differentiated in δ, F + δ ∂F/∂δ = u(f, 1 - δ): it
+    generates at the velocity the teacher has where the *student* is. z (B, ...), delta (B,)."""
+    average = F(z, delta)                                                             # (B, ...)
+    with torch.no_grad():                                                             # sg: all else is target
+        f = z + expand(delta, z) * average
+        v_G = average + expand(delta, z) * derivative(F, z, delta, average)
         return average, v_G - u(f, 1 - delta)
 
 
 def correction(F, u, g, z, n, r):
-    """Correction objective (paper, Eq. 10 and 11) -> F(z, 1), with gradient, the residual Δ_N = v_N - u at the noised
-    sample, and the loss that trains g.
+    """Correction (paper, Eq. 10 and 11) -> F(z, 1), with gradient, Δ_N = v_N - u at noised samples, loss of g.
 
-    Δ_N is the direction in which the KL divergence of the student's from the teacher's distribution, both noised to
-    time r, falls. Its v_N has no formula: g(x, r) learns it online, by flow matching on the student's own samples,
-    and one evaluation of g serves as v_N and for that loss. z (B, ...), fresh noise n (B, ...), r (B,)."""
-    average = F(z, torch.ones_like(r))                                           # (B, ...)
-    x = (z + average).detach()                                                   # f(z, 1): data, as far as g knows
-    x_r = interpolate(x, n, r)                                                   # (B, ...)
-    v_N = g(x_r, r)                                                              # (B, ...) with gradient, for g only
-    online_loss = (v_N - (x - n)).square().mean()
-    with torch.no_grad():
+    Against Δ_N falls the KL divergence of the student's distribution from the teacher's, both noised to time r.
+    v_N has no formula: g(x, r) learns it online, by flow matching on the student's own samples, and one call of
+    g serves as v_N, detached, and for that loss. z and fresh noise n (B, ...), r (B,)."""
+    average = F(z, torch.ones_like(r))                                                # (B, ...)
+    x = (z + average).detach()                                                        # f(z, 1): g's data
+    x_r = interpolate(x, n, r)                                                        # (B, ...)
+    v_N = g(x_r, r)                                                                   # (B, ...)
+    online_loss = (v_N - (x - n)).square().mean()                                     # moves g only
+    with torch.no_grad():                                                             # sg
         return average, v_N - u(x_r, r), online_loss
 
 
 def both(F, u, g, z, delta, n, r, derivative=duration_derivative):
-    """The two objectives on one batch, with one evaluation each of student, teacher and g: the first len(delta) rows
-    of z are for prediction, the other len(r) for correction. -> F (B, ...), Δ_G, Δ_N, the loss of g."""
-    P = len(delta)
-    average = F(z, torch.cat([delta, torch.ones_like(r)]))                       # (B, ...)
-    f = z.detach() + expand(torch.cat([delta, torch.ones_like(r)]), z) * average.detach()
-    x_r = interpolate(f[P:], n, r)                                               # (B - P, ...)
+    """The two objectives on one batch with one call each of student, teacher and g: the first len(delta) rows of
+    z are for prediction, the other len(r) for correction. -> F (B, ...), Δ_G, Δ_N, loss of g."""
+    P, durations = len(delta), torch.cat([delta, torch.ones_like(r)])
+    average = F(z, durations)                                                         # (B, ...)
+    f = z + expand(durations, z) * average.detach()                                   # (B, ...)
+    x_r = interpolate(f[P:], n, r)                                                    # (B - P, ...)
     v_N = g(x_r, r)
     online_loss = (v_N - (f[P:] - n)).square().mean()
     with torch.no_grad():
-        velocity = u(torch.cat([f[:P], x_r]), torch.cat([1 - delta, r]))         # (B, ...)
+        velocity = u(torch.cat([f[:P], x_r]), torch.cat([1 - delta, r]))              # (B, ...)
         v_G = average[:P] + expand(delta, f) * derivative(F, z[:P], delta, average[:P])
         return average, v_G - velocity[:P], v_N - velocity[P:], online_loss
 
 
 def weighted(residual, k=1.0, eps=1e-3):
-    """w Δ with w = 1 / (|Δ|²/d + ε)^k per sample, d its number of dimensions. At k = 1 a sample counts for about
-    1/|Δ|, so the few worst do not drown the rest; the paper's Table 1 finds it decisive once correction joins in."""
-    size = residual.flatten(1).square().mean(1)                                  # (B,)  |Δ|²/d
-    return residual / expand((size + eps) ** k, residual)                        # (B, ...)
+    """w Δ with w = 1 / (|Δ|²/d + ε)^k for each sample of d dimensions, so that a few large residuals do not drown
+    the rest. The paper's Table 1 finds k decisive once correction joins in. ε is ours."""
+    size = residual.flatten(1).square().mean(1)                                       # (B,)  |Δ|²/d
+    return residual / expand((size + eps) ** k, residual)                             # (B, ...)
 
 
 def student_loss(average, residual_G, residual_N, k=1.0, alpha=1.0, mean=torch.mean, eps=1e-6):
-    """A loss whose gradient is that of <F, sg(w Δ)>, prediction's rows first, correction's times λ below them; and λ.
+    """A loss with the gradient of <F, sg(w Δ_G)> over prediction's rows and <F, sg(λ w Δ_N)> over correction's,
+    which come second; and λ.
 
-    λ = α E|w Δ_G| / (E|w Δ_N| + ε) gives the two equal force at α = 1 [paper; after the weights: ours]. `mean` must
-    average over all processes, else λ depends on their number. With one objective alone (no rows) λ = α."""
+    λ = α E|w Δ_G| / (E|w Δ_N| + ε) gives the two equal force at α = 1 [paper; after the weights: ours]. `mean`
+    must average over all processes, else λ depends on their number. One objective alone (no rows): λ = α."""
     G, N = weighted(residual_G, k), weighted(residual_N, k)
     lam = average.new_tensor(alpha)
     if len(G) and len(N):
         lam = alpha * mean(G.flatten(1).norm(dim=1)) / (mean(N.flatten(1).norm(dim=1)) + eps)
-    direction = torch.cat([G, lam * N]).detach()                                 # sg: a target, (B, ...)
+    direction = torch.cat([G, lam * N]).detach()                                      # sg, (B, ...)
     return (average * direction).mean(), lam
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 6. From networks to the callables above
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
+# 6. From networks to the callables above, and one training step
+# -----------------------------------------------------------------------------------------------------------
 
-# What a network's time input and output mean: its time as a function of ours, and the sign that makes its output a
-# velocity in the generating direction. The student and g inherit their teacher's convention.
+# What a network's time input and its output mean: its time as a function of ours, and the sign that makes the
+# output a velocity in the generating direction. Student and g inherit their teacher's convention.
 CONVENTIONS = {"sit": (lambda t: 1 - t, 1), "repa": (lambda t: t, -1)}
 
 
@@ -321,40 +325,41 @@ def velocity_of(net, convention):
     return lambda x, t, y, **embeddings: sign * net(x, clock(t), y, **embeddings)
 
 
-def teacher_of(net, convention, y, gamma, null, interval=(0, 1)):
-    """-> u(x, t), guided by γ inside the interval. Not differentiated, ever."""
-    velocity = velocity_of(net, convention)
+def teacher_of(net, convention, y, gamma, interval=(0, 1)):
+    """-> u(x, t), guided by γ inside the interval, never differentiated."""
+    velocity, null = velocity_of(net, convention), net.config["classes"]
     return torch.no_grad()(lambda x, t: guided(velocity, x, t, y, guidance_within(gamma, t, *interval), null))
 
 
 def student_of(net, convention, y, gamma):
-    """-> F(z, δ). The network's time input stays at the prior; δ and γ come in through their own embedders."""
+    """-> F(z, δ). The network's time stays at the prior; δ and γ come in through embedders of their own."""
     velocity = velocity_of(net, convention)
     return lambda z, delta: velocity(z, torch.ones_like(delta), y, dt=delta, gw=gamma)
 
 
 def online_of(net, convention, y, gamma):
-    """-> g(x, r). Conditioned on y and γ like the student, whose distribution depends on both [ours]."""
+    """-> g(x, r), conditioned on y and γ as the student is, whose distribution depends on both [ours]."""
     velocity = velocity_of(net, convention)
     return lambda x, r: velocity(x, r, y, gw=gamma)
 
 
 def training_losses(teacher, student, online, bare, convention, s, draws, mean=torch.mean):
-    """One step's losses: of the student, of g, and what to log. draws: (prediction's, correction's) from prior().
-    bare: the student without its DDP wrapper, for the derivative, which needs no gradient."""
+    """-> the student's loss, the loss of g (None without correction), and what to log. draws: two dicts of prior().
+
+    bare is the student without its DDP wrapper, for the derivative, which needs no gradient."""
     pred, corr = draws
-    P, C, null = len(pred["y"]), len(corr["y"]), teacher.config["classes"]
+    P, C = len(pred["y"]), len(corr["y"])
     z, y, gamma = (torch.cat([pred[name], corr[name]]) for name in ("z", "y", "gamma"))
-    # Guidance ends at the teacher's interval in prediction and at the cut in correction: γ = 1 says "none".
-    inside = torch.cat([guidance_within(pred["gamma"], 1 - pred["delta"], *s.interval),
-                        guidance_within(corr["gamma"], corr["r"], 0.0, s.cut)])
-    F, u = student_of(student, convention, y, gamma), teacher_of(teacher, convention, y, inside, null)
-    F_pred = student_of(bare, convention, y[:P], gamma[:P])
-
-    def derivative(_, *at):
-        return duration_derivative(F_pred, *at, method=s.derivative)
-
+    # guidance ends with the teacher's interval in prediction and with the cut in correction
+    strength = torch.cat([guidance_within(pred["gamma"], 1 - pred["delta"], *s.interval),
+                          guidance_within(corr["gamma"], corr["r"], 0.0, s.cut)])
+    F, u = student_of(student, convention, y, gamma), teacher_of(teacher, convention, y, strength)
     g = online_of(online, convention, corr["y"], corr["gamma"])
+    F_pred = student_of(bare, convention, pred["y"], pred["gamma"])
+
+    def derivative(_, z, delta, value):
+        return duration_derivative(F_pred, z, delta, value, s.derivative)
+
     if not C:
         average, residual_G = prediction(F, u, z, pred["delta"], derivative)
         residual_N, online_loss = residual_G[:0], None
@@ -362,32 +367,55 @@ def training_losses(teacher, student, online, bare, convention, s, draws, mean=t
         average, residual_N, online_loss = correction(F, u, g, z, corr["n"], corr["r"])
         residual_G = residual_N[:0]
     else:
-        average, residual_G, residual_N, online_loss = both(F, u, g, z, pred["delta"], corr["n"], corr["r"], derivative)
+        average, residual_G, residual_N, online_loss = both(
+            F, u, g, z, pred["delta"], corr["n"], corr["r"], derivative)
     loss, lam = student_loss(average, residual_G, residual_N, s.k, s.alpha, mean)
-    terms = {"prediction": mean(residual_G.square().flatten(1).mean(1))} if P else {}
+    terms = {"prediction": mean(residual_G.flatten(1).square().mean(1))} if P else {}
     if C:
-        terms |= {"correction": mean(residual_N.square().flatten(1).mean(1)),
-                  "online": mean(online_loss.detach()[None]), "lambda": lam}
+        terms |= {"correction": mean(residual_N.flatten(1).square().mean(1)),
+                  "online": mean(online_loss.detach()), "lambda": lam}
     return loss, online_loss, terms
 
 
 def learning_rate(step, s):
-    """Factor of the peak rate: linear warm-up, constant, linear to zero from s.decay_from of the steps on."""
-    left = (s.steps - step) / max(1.0, s.steps * (1 - s.decay_from))
-    return min(1.0, (step + 1) / (s.warmup + 1), left)
+    """Factor on the peak rate: linear warm-up, constant, then linearly to zero from s.decay_from on."""
+    return min((step + 1) / (s.warmup + 1), 1.0, (s.steps - step) / max(1.0, s.steps * (1 - s.decay_from)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def training_step(teacher, parts, wrapped, convention, s, step, draws, mean=torch.mean):
+    """Losses, gradients, optimisers, average: one step on parts (see build) -> what to log, as floats.
+
+    Raises FloatingPointError before anything has changed if a term or a gradient is not finite."""
+    loss, online_loss, terms = training_losses(teacher, *wrapped, parts["student"], convention, s, draws, mean)
+    for name, value in (("student", loss), ("online", online_loss)):
+        if value is not None:
+            value.backward()
+            terms[f"{name}_grad_norm"] = torch.nn.utils.clip_grad_norm_(parts[name].parameters(), s.clip)
+    values = dict(zip(terms, torch.stack(list(terms.values())).tolist()))    # the one wait for the device
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise FloatingPointError(f"{name} is {value} at step {step + 1}: stopped before the optimiser; "
+                                     f"the last good checkpoint in {s.folder} is untouched")
+    for name, lr in (("student", s.lr), ("online", s.online_lr)):
+        parts[f"{name}_opt"].param_groups[0]["lr"] = lr * learning_rate(step, s)
+        parts[f"{name}_opt"].step()
+        parts[f"{name}_opt"].zero_grad()
+    # early on a plain mean over the steps so far, until 1 - 1/n passes s.ema
+    torch._foreach_lerp_([p for p in parts["ema"].parameters()], [p.detach() for p in parts["student"].parameters()],
+                         1 - min(s.ema, (1 + step) / (10 + step)))
+    return values
+
+
+# -----------------------------------------------------------------------------------------------------------
 # 7. Training. From here on it is plumbing: processes, files, pictures, the command line.
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
 def join(s):
-    """Join the processes torchrun started, if it did -> rank, world size, device, mean over all processes."""
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in
-                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    for name, size in (("prediction", s.batch - s.corrected), ("correction", s.corrected)):
-        if size % world:
-            raise ValueError(f"--batch {s.batch}: its {size} samples for {name} do not divide by {world} processes")
+    """Join the processes torchrun started, if any -> rank, world size, device, mean over all processes."""
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if s.corrected % world or (s.batch - s.corrected) % world:
+        raise ValueError(f"--batch {s.batch}: its {s.batch - s.corrected} samples for prediction and "
+                         f"{s.corrected} for correction must both divide by the {world} processes")
     device = torch.device(f"cuda:{local}" if s.device == "cuda" else s.device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -402,8 +430,8 @@ def join(s):
 
 
 def load_net(path, flag, device, student=False):
-    """-> a network of sit.py, frozen, and its file's info. Raises ValueError naming flag, file and fix."""
-    path = path if Path(path).exists() else HERE / path          # bundled files, whatever the working directory
+    """-> a frozen network and its file's info. Raises ValueError naming flag, file and fault."""
+    path = path if Path(path).exists() else HERE / path              # bundled files, from any working directory
     try:
         net, info = sit.load(path)
     except ValueError as e:
@@ -411,27 +439,36 @@ def load_net(path, flag, device, student=False):
     if info["convention"] not in CONVENTIONS:
         raise ValueError(f"{flag} {path}: convention {info['convention']!r} is none of {sorted(CONVENTIONS)}")
     if (net.config["dt"] and net.config["gw"]) != student:
-        raise ValueError(f"{flag} {path}: holds a {'teacher' if student else 'student'}, not a "
-                         f"{'student (it has no δ and γ embedders)' if student else 'teacher'}")
+        raise ValueError(f"{flag} {path}: holds a " + ("teacher (no δ and γ embedders), give a student" if student
+                                                       else "student (δ and γ embedders), give a teacher"))
     return net.to(device).eval().requires_grad_(False), info
 
 
-def relative(net, **extra):
-    """A network shaped like `net` with embedders added; starts from net's weights (the new embedders add zero)."""
-    other = sit.SiT(**{**net.config, "learn_sigma": False, **extra}).to(next(net.parameters()).device)
-    weights = {k: v for k, v in net.state_dict().items()}
-    if net.config["learn_sigma"]:                                # keep the velocity's half of the read-out
-        p, (channels, *_) = net.config["patch"], net.config["shape"]
-        keep = torch.arange(2 * channels * p * p).view(p * p, 2 * channels)[:, :channels].reshape(-1)
-        weights |= {f"final_layer.linear.{k}": weights[f"final_layer.linear.{k}"][keep] for k in ("weight", "bias")}
-    other.load_state_dict({**other.state_dict(), **weights})
-    return other
+def relative(teacher, **embedders):
+    """A network that starts as the teacher, with embedders added, which say nothing at first."""
+    net = sit.SiT(**{**teacher.config, "learn_sigma": False, **embedders})
+    weights = teacher.state_dict()
+    if teacher.config["learn_sigma"]:                                # of the read-out keep the velocity's half
+        pixels, channels = teacher.config["patch"] ** 2, teacher.config["shape"][0]
+        keep = torch.arange(2 * channels * pixels).view(pixels, 2 * channels)[:, :channels].reshape(-1)
+        weights |= {k: v[keep] for k, v in weights.items() if k.startswith("final_layer.linear.")}
+    net.load_state_dict({**net.state_dict(), **weights})
+    return net.to(teacher.pos_embed.device)
+
+
+def build(teacher, s):
+    """-> what trains, and what a checkpoint holds, by name: student, ema, online network g, two optimisers."""
+    parts = {"student": relative(teacher, dt=True, gw=True), "online": relative(teacher, gw=True),
+             "ema": relative(teacher, dt=True, gw=True).requires_grad_(False)}
+    for name, lr in (("student", s.lr), ("online", s.online_lr)):
+        trained = [p for p in parts[name].parameters() if p.requires_grad]
+        parts[f"{name}_opt"] = torch.optim.AdamW(trained, lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    return parts
 
 
 def write(path, save):
-    """Write a file whole or not at all: save(file object) into a temporary beside it, fsync, rename."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """A file whole or not at all: save(file object) into a temporary beside it, fsync, rename."""
+    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as f:
             save(f)
@@ -443,121 +480,96 @@ def write(path, save):
 
 
 def make_folder(folder):
-    """Create the output folder, or raise ValueError naming it and the fix."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write(folder / ".writable", lambda f: None)
-        (folder / ".writable").unlink()
+        write(folder / ".probe", lambda f: None)
+        (folder / ".probe").unlink()
     except OSError as e:
         raise ValueError(f"--out {folder}: cannot write there ({e.strerror}); name another folder") from None
 
 
+def resume(s, parts):
+    """Load s.folder/ckpt.pt into parts, if it is there -> the number of steps done."""
+    path, log = s.folder / "ckpt.pt", s.folder / "metrics.jsonl"
+    if not path.exists():
+        log.unlink(missing_ok=True)
+        return 0
+    ckpt = sit.read_file(path)
+    try:
+        fixed = [f.name for f in dataclasses.fields(s) if not f.metadata["free"]]
+        there, here = ckpt["settings"], {**dataclasses.asdict(s)}
+        differ = [f"{name} {plain(there[name])} there, {plain(here[name])} here" for name in fixed
+                  if there[name] != here[name]]
+        if not differ:
+            for name, part in parts.items():
+                part.load_state_dict(ckpt[name])
+        done = int(ckpt["step"])
+    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as e:
+        raise ValueError(f"--out {s.folder}: its ckpt.pt is not of this run ({type(e).__name__}: "
+                         f"{str(e).splitlines()[0][:80]}); name another folder") from None
+    if differ:
+        raise ValueError(f"--out {s.folder}: holds a run with {'; '.join(differ)}; name another folder")
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done]
+    write(log, lambda f: f.write("".join(kept).encode()))
+    return done
+
+
 def train(s):
-    """The whole run: distil, evaluate, write everything under s.folder. Resumes from s.folder/ckpt.pt."""
+    """The whole run: distil, evaluate, write everything under s.folder."""
     rank, world, device, mean = join(s)
     teacher, info = load_net(s.teacher, "--teacher", device)
     convention, shape, classes = info["convention"], teacher.config["shape"], teacher.config["classes"]
     make_folder(s.folder)
-    student, ema = (relative(teacher, dt=True, gw=True) for _ in range(2))
-    online = relative(teacher, gw=True)
-    ema.requires_grad_(False)
-    pairs = ((student, s.lr), (online, s.online_lr))
-    nets = {"student": student, "ema": ema, "online": online}
-    opts = {name: torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=lr, betas=(0.9, 0.99),
-                                    weight_decay=0.0, fused=True)
-            for name, (net, lr) in zip(("student_opt", "online_opt"), pairs)}
-    first = resume(s, nets | opts)
+    parts = build(teacher, s)
+    first = resume(s, parts)
     wrap = torch.nn.parallel.DistributedDataParallel if world > 1 else lambda net: net
-    student_ddp, online_ddp = wrap(student), wrap(online)        # gradients averaged over processes, once a step
-
-    say = (lambda text: tqdm.write(text)) if rank == 0 else (lambda text: None)
-    size = sum(p.numel() for p in student.parameters()) / 1e6
-    say(f"teacher {s.teacher}: SiT {teacher.config['depth']} x {teacher.config['width']}, convention {convention}; "
-        f"student {size:.2f} M parameters; {world} process(es) on {device.type}; steps {first} to {s.steps}")
-    judge = evaluator(teacher, convention, s, device) if rank == 0 else None
+    wrapped = wrap(parts["student"]), wrap(parts["online"])          # gradients averaged, once a step each
+    say = tqdm.write if rank == 0 else lambda text: None
+    size = sum(p.numel() for p in parts["student"].parameters()) / 1e6
+    say(f"teacher {s.teacher} (convention {convention}), student of {size:.2f} M parameters, "
+        f"{world} process(es) on {device.type}, steps {first} to {s.steps}")
+    truth = reference(teacher, convention, s, device) if rank == 0 else None
     bar = tqdm(range(first, s.steps), initial=first, total=s.steps, disable=rank > 0 or not sys.stderr.isatty())
     clock, since = time.perf_counter(), first
     for step in bar:
-        draws = [{name: value.to(device) for name, value in prior(shape, classes, s, step, part, rank, world).items()}
-                 for part in ("prediction", "correction")]
-        loss, online_loss, terms = training_losses(teacher, student_ddp, online_ddp, student, convention, s, draws, mean)
-        loss.backward()
-        terms["grad_norm"] = torch.nn.utils.clip_grad_norm_(student.parameters(), s.clip)
-        if online_loss is not None:
-            online_loss.backward()
-            terms["online_grad_norm"] = torch.nn.utils.clip_grad_norm_(online.parameters(), s.clip)
-        values = dict(zip(terms, torch.stack([v.detach() for v in terms.values()]).tolist()))
-        for name, value in values.items():
-            if not math.isfinite(value):                         # before the optimiser: the weights are still good
-                raise FloatingPointError(f"{name} is {value} at step {step}: stopped before the optimiser step; "
-                                         f"the last good checkpoint is in {s.folder}")
-        for opt, (_, lr) in zip(opts.values(), pairs):
-            opt.param_groups[0]["lr"] = lr * learning_rate(step, s)
-            opt.step()
-            opt.zero_grad()
-        # the average of the first steps is that of all of them: 1 - 1/n until that exceeds s.ema
-        torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in student.parameters()],
-                             1 - min(s.ema, (1 + step) / (10 + step)))
+        draws = [{name: value.to(device) for name, value in
+                  prior(shape, classes, s, step, part, rank, world).items()} for part in ("prediction", "correction")]
+        values = training_step(teacher, parts, wrapped, convention, s, step, draws, mean)
         done = step + 1
-        if rank == 0 and (done % s.log_every == 0 or done == s.steps):
+        last = done == s.steps
+        if rank == 0 and (done % s.log_every == 0 or done % s.eval_every == 0 or last):
             seconds = (time.perf_counter() - clock) / (done - since)
-            line = {"step": done, **{k: round(v, 6) for k, v in values.items()}, "lr": s.lr * learning_rate(step, s),
-                    "images_per_s": round(s.batch / seconds, 2)}
-            if done % s.eval_every == 0 or done == s.steps:
-                line |= judge(ema)
+            line = {"step": done, **{k: round(v, 6) for k, v in values.items()},
+                    "lr": s.lr * learning_rate(step, s), "images_per_s": round(s.batch / seconds, 2)}
+            if done % s.eval_every == 0 or last:
+                line |= compare(parts["ema"], convention, truth)[0]
             with open(s.folder / "metrics.jsonl", "a") as f:
                 f.write(json.dumps(line) + "\n")
-            if not bar.disable:
-                bar.set_postfix_str(f"prediction {values.get('prediction', 0):.3f}")
-            if bar.disable or "endpoint_error" in line:
-                eta = time.strftime("%H:%M:%S", time.gmtime(seconds * (s.steps - done)))
-                say("  ".join(f"{k} {v:.4g}" for k, v in line.items()) + f"  left {eta}")
+            left = time.strftime("%H:%M:%S", time.gmtime(seconds * (s.steps - done)))
+            if bar.disable or "frechet" in line:
+                say("  ".join(f"{k} {v:.4g}" for k, v in line.items()) + f"  left {left}")
             clock, since = time.perf_counter(), done
-        if rank == 0 and (done % s.ckpt_every == 0 or done == s.steps):
-            state = {name: part.state_dict() for name, part in (nets | opts).items()}
+        if rank == 0 and (done % s.ckpt_every == 0 or last):
+            state = {name: part.state_dict() for name, part in parts.items()}
             state |= {"step": done, "settings": dataclasses.asdict(s), "format": 1}
             write(s.folder / "ckpt.pt", lambda f: torch.save(state, f))
     if rank == 0:
+        ema = parts["ema"]
         write(s.folder / "student.pt", lambda f: torch.save(
             {"ema": sit.released_names(ema.state_dict()), "config": ema.config, "convention": convention,
-             "gamma": list(s.gamma), "step": s.steps}, f))
-        report(teacher, ema, convention, s, judge)
+             "gamma": list(s.gamma), "step": max(first, s.steps)}, f))
+        report(teacher, ema, convention, s, truth)
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
 
 
-def resume(s, parts):
-    """Load s.folder/ckpt.pt into networks and optimisers, if it is there -> the step to go on from."""
-    path = s.folder / "ckpt.pt"
-    if not path.exists():
-        (s.folder / "metrics.jsonl").unlink(missing_ok=True)
-        return 0
-    ckpt = sit.read_file(path)
-    fields = {f.name for f in dataclasses.fields(s) if not f.metadata["free"]}
-    try:
-        old, new = ckpt["settings"], dataclasses.asdict(s)
-        differ = [f"{name} {old.get(name)} there, {new[name]} here" for name in sorted(fields)
-                  if old.get(name) != new[name]]
-        if not differ:
-            for name, part in parts.items():
-                part.load_state_dict(ckpt[name])
-    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as e:
-        raise ValueError(f"{path}: not a checkpoint of this run ({str(e).splitlines()[0][:80]}); "
-                         "name another --out") from None
-    if differ:
-        raise ValueError(f"--out {s.folder}: holds a run with other settings ({'; '.join(differ)}); name another --out")
-    lines = (s.folder / "metrics.jsonl").read_text().splitlines() if (s.folder / "metrics.jsonl").exists() else []
-    kept = [line for line in lines if json.loads(line)["step"] <= ckpt["step"]]
-    write(s.folder / "metrics.jsonl", lambda f: f.write("".join(line + "\n" for line in kept).encode()))
-    return ckpt["step"]
+# -----------------------------------------------------------------------------------------------------------
+# 8. Sampling, evaluation, pictures
+# -----------------------------------------------------------------------------------------------------------
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 8. Sampling and evaluation
-# ---------------------------------------------------------------------------------------------------------------------
-
-CHUNK = 64      # samples are always computed 64 at a time, so that sample i is the same to the bit however many follow
+CHUNK = 64      # samples are always computed 64 at a time: sample i is the same to the bit, however many follow
 
 
 def noise(seed, indices, shape):
@@ -565,119 +577,131 @@ def noise(seed, indices, shape):
     return torch.stack([torch.randn(*shape, generator=generator(seed, "sample", i)) for i in indices])
 
 
-def generate(make, count, seed, shape, labels, device, first=0):
-    """make(z, y) -> x on samples first to first + count - 1, in chunks -> z, y, x on the CPU. Sample i has the noise of
-    (seed, i) and label labels[i mod len(labels)]."""
+def generate(make, count, seed, shape, labels, device):
+    """Samples 0 to count - 1 by make(z, y) -> z, y, x on the CPU. Sample i has label labels[i mod len(labels)]."""
     out = []
-    for start in tqdm(range(first, first + count, CHUNK), desc="samples", leave=False, disable=not sys.stderr.isatty()):
+    for start in tqdm(range(0, count, CHUNK), desc="sampling", leave=False, disable=not sys.stderr.isatty()):
         i = range(start, start + CHUNK)
         z, y = noise(seed, i, shape), torch.tensor([labels[j % len(labels)] for j in i])
         out.append((z, y, make(z.to(device), y.to(device)).float().cpu()))
-    return [torch.cat(parts)[:count] for parts in zip(*out)]
+    return [torch.cat(rows)[:count] for rows in zip(*out)]
 
 
 def one_step(net, convention, gamma):
-    """make(z, y) of the student: its flow map at δ = 1, one evaluation."""
+    """-> make(z, y) of a student: its flow map at δ = 1, one evaluation."""
     def make(z, y):
         ones = torch.ones(len(z), device=z.device)
-        with torch.no_grad():
-            return flow_map(student_of(net, convention, y, gamma * ones), z, ones)
-    return make
+        return flow_map(student_of(net, convention, y, gamma * ones), z, ones)
+    return torch.no_grad()(make)
 
 
 def many_steps(net, convention, gamma, steps, solver, interval=(0, 1)):
-    """make(z, y) of the teacher: a rollout. Without guidance there is no null half to compute."""
+    """-> make(z, y) of a teacher: a rollout. At γ = 1 the null half of guidance is not computed."""
     def make(z, y):
-        strength = torch.full((len(z),), float(gamma), device=z.device)
-        u = teacher_of(net, convention, y, strength, net.config["classes"], interval)
-        if gamma == 1:
-            velocity = velocity_of(net, convention)
-            return rollout(lambda x, t: velocity(x, t, y), z, steps, solver)
-        return rollout(u, z, steps, solver)
-    return make
+        velocity = velocity_of(net, convention)
+        u = teacher_of(net, convention, y, torch.full((len(z),), float(gamma), device=z.device), interval)
+        return rollout(u if gamma != 1 else lambda x, t: velocity(x, t, y), z, steps, solver)
+    return torch.no_grad()(make)
 
 
-def distance(a, b):
-    """Frechet distance between two sets of images (N, ...), on raw pixels."""
-    moments = []
-    for images in (a, b):
-        m = Moments(images[0].numel())
-        m.add(images.flatten(1).numpy())
-        moments += m.mean_cov()
-    return frechet_distance(*moments)
+def moments(images):
+    """(N, ...) -> mean and covariance of the raw pixels, in float64."""
+    m = Moments(images[0].numel())
+    m.add(images.flatten(1).numpy())
+    return m.mean_cov()
 
 
-def evaluator(teacher, convention, s, device, steps=16):
-    """Roll the teacher out once on fixed noises -> judge(student), which compares the student on the same noises:
-    endpoint_error = mean |f(z, 1) - φ(z)| / |φ(z)|, φ(z) the teacher's end point, and frechet, the pixel Frechet
-    distance to the teacher's samples. Guidance is the middle of the trained range."""
-    shape, labels, gamma = teacher.config["shape"], range(teacher.config["classes"]), sum(s.gamma) / 2
-    clock = time.perf_counter()
-    z, y, phi = generate(many_steps(teacher, convention, gamma, steps, "heun", s.interval), s.eval_samples, s.seed,
-                         shape, labels, device)
-    teacher_ms = (time.perf_counter() - clock) / s.eval_samples * 1e3
+def reference(teacher, convention, s, device, steps=16):
+    """The teacher's samples on fixed noises, at the middle of the student's range of guidance."""
+    gamma, clock = sum(s.gamma) / 2, time.perf_counter()
+    make = many_steps(teacher, convention, gamma, steps, "heun", s.interval)
+    z, y, x = generate(make, s.eval_samples, s.seed, teacher.config["shape"], range(teacher.config["classes"]), device)
+    ms = 1e3 * (time.perf_counter() - clock) / len(x)
+    return {"z": z, "y": y, "x": x, "gamma": gamma, "steps": steps, "ms": ms, "moments": moments(x), "seed": s.seed}
 
-    def judge(net):
-        clock = time.perf_counter()
-        x = generate(one_step(net, convention, gamma), s.eval_samples, s.seed, shape, labels, device)[2]
-        ms = (time.perf_counter() - clock) / s.eval_samples * 1e3
-        error = ((x - phi).flatten(1).norm(dim=1) / phi.flatten(1).norm(dim=1)).mean().item()
-        judge.student, judge.ms = x, ms
-        return {"endpoint_error": round(error, 5), "frechet": round(distance(x, phi), 4)}
 
-    judge.z, judge.y, judge.phi, judge.gamma, judge.steps, judge.teacher_ms = z, y, phi, gamma, steps, teacher_ms
-    return judge
+def compare(net, convention, truth):
+    """A student on the reference's noises -> metrics, samples, ms per image. endpoint_error is the mean of
+    |f(z, 1) - φ(z)| / |φ(z)|, φ(z) the teacher's; frechet the Frechet distance of the pixels to the teacher's."""
+    phi, clock, device = truth["x"], time.perf_counter(), net.pos_embed.device
+    make = one_step(net, convention, truth["gamma"])
+    x = generate(make, len(phi), truth["seed"], phi.shape[1:], truth["y"].tolist(), device)[2]
+    ms = 1e3 * (time.perf_counter() - clock) / len(x)
+    error = ((x - phi).flatten(1).norm(dim=1) / phi.flatten(1).norm(dim=1)).mean().item()
+    frechet = frechet_distance(*moments(x), *truth["moments"])
+    return {"endpoint_error": round(error, 5), "frechet": round(frechet, 4)}, x, ms
 
 
 def to_uint8(x):
     """(N, C, H, W) in [-1, 1] -> (N, H, W, C) uint8, by the rule of DiT, SiT and FreeFlow."""
-    return (127.5 * x + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return (127.5 * x + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def picture(rows, names, header=(), zoom=2):
-    """rows: uint8 arrays (n, H, W, C) -> PIL image, a line of tiles per row with its name at the left."""
-    side, left, top = rows[0].shape[1] * zoom, 8 + 7 * max(map(len, names)), 18 if header else 0
-    image = Image.new("RGB", (left + len(rows[0]) * (side + 2), top + len(rows) * (side + 2)), "white")
+    """Rows of uint8 tiles (n, H, W, C) -> a PIL image, each row with its name at the left."""
+    side, left, top = rows[0].shape[1] * zoom + 2, 8 + 7 * max(map(len, names)), 18 if header else 0
+    image = Image.new("RGB", (left + len(rows[0]) * side, top + len(rows) * side), "white")
     pen = ImageDraw.Draw(image)
     for j, text in enumerate(header):
-        pen.text((left + j * (side + 2) + 4, 3), text, fill="black")
+        pen.text((left + j * side + 4, 3), text, fill="black")
     for i, (row, name) in enumerate(zip(rows, names)):
-        pen.text((4, top + i * (side + 2) + side // 2 - 6), name, fill="black")
+        pen.text((4, top + i * side + side // 2 - 6), name, fill="black")
         for j, tile in enumerate(row):
-            tile = Image.fromarray(tile.squeeze(-1) if tile.shape[-1] == 1 else tile).resize((side, side), Image.NEAREST)
-            image.paste(tile, (left + j * (side + 2), top + i * (side + 2)))
+            tile = Image.fromarray(tile.squeeze(-1) if tile.shape[-1] == 1 else tile)
+            image.paste(tile.resize((side - 2, side - 2), Image.NEAREST), (left + j * side, top + i * side))
     return image
 
 
-def report(teacher, ema, convention, s, judge):
-    """samples.png, path.png, the closing table and what to do next."""
-    final = judge(ema)
-    phi, x = to_uint8(judge.phi), to_uint8(judge.student)
-    rows = [r for i in range(0, min(20, len(x)), 10) for r in (phi[i:i + 10], x[i:i + 10])]
-    names = [f"teacher, {judge.steps} Heun steps", "student, 1 step"] * (len(rows) // 2)
-    write(s.folder / "samples.png", lambda f: picture(rows, names).save(f, "PNG"))
+def report(teacher, ema, convention, s, truth):
+    """samples.png, path.png, the closing table, and what to do next."""
+    metrics, x, ms = compare(ema, convention, truth)
+    pairs = [(to_uint8(truth["x"][i:i + 10]), to_uint8(x[i:i + 10])) for i in range(0, min(20, len(x)), 10)]
+    names = [f"teacher, {truth['steps']} Heun steps", "student, 1 step"] * len(pairs)
+    write(s.folder / "samples.png", lambda f: picture([r for p in pairs for r in p], names).save(f, "PNG"))
 
-    device = next(ema.parameters()).device
-    few = min(3, len(x))
-    z, y = judge.z[:few].to(device), judge.y[:few].to(device)
-    gamma = torch.full((few,), judge.gamma, device=device)
-    u = teacher_of(teacher, convention, y, gamma, teacher.config["classes"], s.interval)
-    F = student_of(ema, convention, y, gamma)
-    deltas = [i / 8 for i in range(9)]
-    truth = rollout(u, z, 16, "heun", path=True)[::2]                                        # (9, few, C, H, W)
+    device, few = ema.pos_embed.device, min(3, len(x))
+    z, y = truth["z"][:few].to(device), truth["y"][:few].to(device)
+    gamma, deltas = torch.full((few,), truth["gamma"], device=device), [i / 8 for i in range(9)]
+    u, F = teacher_of(teacher, convention, y, gamma, s.interval), student_of(ema, convention, y, gamma)
+    paths = rollout(u, z, 16, "heun", path=True)[::2]                                # (9, few, C, H, W)
     with torch.no_grad():
-        guess = torch.stack([flow_map(F, z, torch.full((few,), d, device=device)) for d in deltas])
-    rows = [to_uint8(path[:, i].cpu()) for i in range(few) for path in (truth, guess)]
-    names = ["teacher's path", "student's flow map"] * few
+        maps = torch.stack([flow_map(F, z, torch.full_like(gamma, d)) for d in deltas])
+    rows, names = [to_uint8(a[:, i]) for i in range(few) for a in (paths, maps)], ["teacher", "student"] * few
     write(s.folder / "path.png", lambda f: picture(rows, names, [f"δ = {d}" for d in deltas]).save(f, "PNG"))
 
-    nfe = 4 * judge.steps                    # Heun evaluates twice a step, guidance doubles it
-    print(f"\n{'':24}{'NFE':>6}{'ms/image':>10}{'endpoint error':>16}{'Frechet':>9}   "
-          f"({len(x)} samples, γ = {judge.gamma:g})")
-    print(f"{f'teacher, Heun {judge.steps}':24}{nfe:6d}{judge.teacher_ms:10.2f}{0:16.4f}{0:9.2f}")
-    print(f"{'student, one step':24}{1:6d}{judge.ms:10.2f}{final['endpoint_error']:16.4f}{final['frechet']:9.2f}")
+    print(f"\n{len(x)} samples, γ = {truth['gamma']:g}      NFE  ms/image  endpoint error  Frechet distance")
+    print(f"{'teacher, Heun ' + str(truth['steps']):24}{4 * truth['steps']:5}{truth['ms']:10.2f}{0:16.4f}{0:18.2f}")
+    print(f"{'student':24}{1:5}{ms:10.2f}{metrics['endpoint_error']:16.4f}{metrics['frechet']:18.2f}")
     print(f"\nIn {s.folder}: student.pt  ckpt.pt  metrics.jsonl  samples.png  path.png")
     print(f"Next: python fmd.py --sample 100 --guidance 1.5 --ckpt {s.folder / 'student.pt'}")
+
+
+def sample(s, args):
+    """--sample and --rollout: N samples, of the student or of the teacher, to an ADM npz and a grid."""
+    count, device = args.sample or args.rollout, torch.device(s.device)
+    if args.sample:
+        made = s.folder / "student.pt"
+        path = args.ckpt or (made if made.exists() else "assets/student-mnist.pt")
+        net, info = load_net(path, "--ckpt", device, student=True)
+        low, high = info.get("gamma", (args.guidance, args.guidance))
+        if not low <= args.guidance <= high:
+            print(f"note: --guidance {args.guidance} is outside the range {low} to {high} this student knows")
+        make, name, nfe = one_step(net, info["convention"], args.guidance), "samples", 1
+    else:
+        path = args.ckpt or s.teacher
+        net, info = load_net(path, "--ckpt" if args.ckpt else "--teacher", device)
+        make = many_steps(net, info["convention"], args.guidance, args.rollout_steps, args.solver, s.interval)
+        name = "rollout"                        # Heun evaluates twice a step, and guidance doubles that
+        nfe = args.rollout_steps * (1 + (args.solver == "heun")) * (1 + (args.guidance != 1))
+    labels = parse_labels(args.labels, net.config["classes"])
+    make_folder(s.folder)
+    clock = time.perf_counter()
+    _, y, x = generate(make, count, s.seed, net.config["shape"], labels, device)
+    ms, x = 1e3 * (time.perf_counter() - clock) / count, to_uint8(x)
+    rows = [x[i:i + 10] for i in range(0, min(100, count), 10)]
+    write(s.folder / f"{name}.npz", lambda f: np.savez(f, arr_0=x, arr_1=y.numpy()))
+    write(s.folder / f"{name}-grid.png", lambda f: picture(rows, [""] * len(rows)).save(f, "PNG"))
+    print(f"{count} samples of {path}, {nfe} NFE, {ms:.2f} ms each: {s.folder}/{name}.npz and {name}-grid.png")
 
 
 def parse_labels(text, classes):
@@ -687,44 +711,51 @@ def parse_labels(text, classes):
     except ValueError:
         low, high = 1, 0
     if not 0 <= low <= high < classes:
-        raise ValueError(f"--labels {text}: give 'balanced', one label or LOW-HIGH, within 0 to {classes - 1}")
+        raise ValueError(f"--labels {text}: give balanced, one label or LOW-HIGH, within 0 to {classes - 1}")
     return list(range(low, high + 1))
 
 
-def sample(s, args):
-    """--sample and --rollout: N samples to samples.npz (ADM layout) and a grid, of the student or of the teacher."""
-    device = torch.device(s.device)
-    count = args.sample or args.rollout
-    if args.sample:
-        made = s.folder / "student.pt"
-        path = args.ckpt or (made if made.exists() else "assets/student-mnist.pt")
-        net, info = load_net(path, "--ckpt", device, student=True)
-        low, high = info.get("gamma", (args.guidance, args.guidance))
-        if not low <= args.guidance <= high:
-            print(f"note: --guidance {args.guidance} is outside the range {low} to {high} this student was trained for")
-        make, name, nfe = one_step(net, info["convention"], args.guidance), "samples", 1
-    else:
-        path = args.ckpt or s.teacher
-        net, info = load_net(path, "--ckpt" if args.ckpt else "--teacher", device)
-        make = many_steps(net, info["convention"], args.guidance, args.rollout_steps, args.solver, s.interval)
-        name = "rollout"
-        nfe = args.rollout_steps * (1 + (args.solver == "heun")) * (1 + (args.guidance != 1))
-    labels = parse_labels(args.labels, net.config["classes"])
-    make_folder(s.folder)
-    clock = time.perf_counter()
-    _, y, x = generate(make, count, s.seed, net.config["shape"], labels, device)
-    ms = (time.perf_counter() - clock) / count * 1e3
-    x = to_uint8(x)
-    write(s.folder / f"{name}.npz", lambda f: np.savez(f, arr_0=x, arr_1=y.numpy()))
-    rows = [x[i:i + 10] for i in range(0, min(100, count), 10)]
-    grid = picture(rows, [""] * len(rows))
-    write(s.folder / f"{name}-grid.png", lambda f: grid.save(f, "PNG"))
-    print(f"{count} samples of {path}, {nfe} NFE, {ms:.2f} ms each: {s.folder}/{name}.npz, {s.folder}/{name}-grid.png")
+def benchmark(s, repeats=9):
+    """--benchmark: the median time of each part of a training step over that of a forward without gradient, on
+    the same batch, taken in turn so that a machine that slows down slows all of them."""
+    teacher, info = load_net(s.teacher, "--teacher", torch.device(s.device))
+    parts, convention, device = build(teacher, s), info["convention"], teacher.pos_embed.device
+    draws = [{k: v.to(device) for k, v in prior(teacher.config["shape"], teacher.config["classes"], s, 0, part).items()}
+             for part in ("prediction", "correction")]
+    pred, corr = draws
+    z, y, gamma = (torch.cat([pred[name], corr[name]]) for name in ("z", "y", "gamma"))
+    delta = torch.cat([pred["delta"], torch.ones_like(corr["gamma"])])
+    F = student_of(parts["student"], convention, y, gamma)
+    F_pred = student_of(parts["student"], convention, pred["y"], pred["gamma"])
+    g = online_of(parts["online"], convention, corr["y"], corr["gamma"])
+    value = torch.zeros_like(pred["z"])
+    runs = {"forward": torch.no_grad()(lambda: F(z, delta)),
+            "student, forward and backward": lambda: F(z, delta).mean().backward(),
+            "teacher, guided": lambda: teacher_of(teacher, convention, y, gamma)(z, delta),
+            "derivative, jvp": lambda: duration_derivative(F_pred, pred["z"], pred["delta"], value, "jvp"),
+            "derivative, fd": lambda: duration_derivative(F_pred, pred["z"], pred["delta"], value, "fd"),
+            "g, forward and backward": lambda: g(corr["n"], corr["r"]).mean().backward()}
+    for method in ("jvp", "fd"):
+        settings = dataclasses.replace(s, derivative=method)
+        runs[f"training step, {method}"] = lambda settings=settings: training_step(
+            teacher, parts, (parts["student"], parts["online"]), convention, settings, 0, draws)
+    times = {name: [] for name in runs}
+    for i in range(repeats + 2):                                     # two rounds of warm-up
+        for name, call in runs.items():
+            clock = time.perf_counter()
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times[name] += [time.perf_counter() - clock] if i >= 2 else []
+    forward = np.median(times["forward"])
+    print(f"batch {s.batch}, {s.correction:.0%} correction, {device.type}, {torch.get_num_threads()} threads, float32")
+    for name, seconds in times.items():
+        print(f"{name:32}{1e3 * np.median(seconds):9.1f} ms{np.median(seconds) / forward:8.2f} forwards")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 9. The command line: a flag for every setting, and what else to do with a model than train it
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
+# 9. The command line: a flag for each setting, and what to do instead of training
+# -----------------------------------------------------------------------------------------------------------
 
 def parse(argv):
     parser = argparse.ArgumentParser(prog="fmd.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
@@ -733,16 +764,17 @@ def parse(argv):
     parser.error = lambda message: parser.exit(2, f"fmd.py: {message}\n")
     group = parser.add_argument_group("settings")
     for f in dataclasses.fields(Settings):
-        shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-        kind = dict(nargs=2, type=float, metavar=("LOW", "HIGH")) if isinstance(f.default, tuple) else dict(type=f.type)
+        kind = dict(nargs=2, type=float, metavar=("LOW", "HIGH")) if f.type is tuple else dict(type=f.type)
+        shown = {res: plain(preset.get(f.name, f.default)) for res, preset in PRESETS.items()}
         group.add_argument(f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS, **kind,
-                           help=f"{f.metadata['meaning']} (default: {shown})")
+                           help=f"{f.metadata['meaning']} (default: {shown[28]})".replace("%", "%%"))
     group = parser.add_argument_group("instead of training")
     group.add_argument("--sample", type=int, metavar="N", help="N one-step samples of the student")
     group.add_argument("--rollout", type=int, metavar="N", help="N many-step samples of the teacher")
     group.add_argument("--dry-run", action="store_true", help="print settings, sizes and files to be written")
-    group.add_argument("--ckpt", metavar="F", help="weights for these (default: OUT/student.pt, else the bundled one)")
-    group.add_argument("--guidance", type=float, default=1.5, metavar="γ", help="guidance (default: 1.5)")
+    group.add_argument("--benchmark", action="store_true", help="time the parts of a training step")
+    group.add_argument("--ckpt", metavar="F", help="weights for these (default: OUT/student.pt, else the bundled)")
+    group.add_argument("--guidance", type=float, default=1.5, metavar="γ", help="for these (default: 1.5)")
     group.add_argument("--labels", default="balanced", help="balanced, one label or LOW-HIGH (default: balanced)")
     group.add_argument("--solver", default="heun", help="of --rollout: heun or euler (default: heun)")
     group.add_argument("--rollout-steps", type=int, default=32, metavar="K", help="of --rollout (default: 32)")
@@ -750,26 +782,26 @@ def parse(argv):
     given = {f.name: vars(args)[f.name] for f in dataclasses.fields(Settings) if f.name in vars(args)}
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     s = Settings(**{**PRESETS.get(given.get("res", 28), {}), **given})
-    for name in ("sample", "rollout", "rollout_steps"):
-        if vars(args)[name] is not None and vars(args)[name] < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {vars(args)[name]}: must be at least 1")
-    if args.sample and args.rollout:
-        raise ValueError(f"--rollout {args.rollout}: give --sample or --rollout, not both")
-    if args.solver not in ("heun", "euler"):
-        raise ValueError(f"--solver {args.solver}: choose heun or euler")
-    if not (args.guidance >= 0 and math.isfinite(args.guidance)):
-        raise ValueError(f"--guidance {args.guidance}: must be 0 or more")
+    rules = [*((name, vars(args)[name] is None or vars(args)[name] >= 1, "must be at least 1")
+               for name in ("sample", "rollout", "rollout_steps")),
+             ("rollout", not (args.sample and args.rollout), "give --sample or --rollout, not both"),
+             ("solver", args.solver in ("heun", "euler"), "choose heun or euler"),
+             ("guidance", args.guidance >= 0 and math.isfinite(args.guidance), "must be 0 or more"),
+             ("correction", not args.benchmark or 0 < s.correction < 1, "--benchmark times both objectives")]
+    for name, fine, fix in rules:
+        if not fine:
+            raise ValueError(f"--{name.replace('_', '-')} {vars(args).get(name, s.correction)}: {fix}")
     return s, args
 
 
 def dry_run(s):
-    """Print what a run would do, and check that it could: settings, networks, files."""
-    net, info = load_net(s.teacher, "--teacher", "cpu")
+    """--dry-run: what a run would use and write."""
+    teacher, info = load_net(s.teacher, "--teacher", torch.device("cpu"))
     for f in dataclasses.fields(s):
-        value = getattr(s, f.name)
-        print(f"{f.name:14} {' '.join(map(str, value)) if isinstance(value, tuple) else value!s:26} {f.metadata['meaning']}")
-    for name, other in (("teacher", net), ("student", relative(net, dt=True, gw=True)), ("online g", relative(net, gw=True))):
-        print(f"{name:14} {sum(p.numel() for p in other.parameters()) / 1e6:.2f} M parameters")
+        print(f"{f.name:14} {plain(getattr(s, f.name)):26} {f.metadata['meaning']}")
+    nets = {"teacher": teacher, "student": relative(teacher, dt=True, gw=True), "online g": relative(teacher, gw=True)}
+    for name, net in nets.items():
+        print(f"{name:14} {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters")
     print(f"{'convention':14} {info['convention']}")
     print(f"would write    {s.folder}/: student.pt  ckpt.pt  metrics.jsonl  samples.png  path.png")
 
@@ -779,6 +811,8 @@ def main(argv=None):
         s, args = parse(argv)
         if args.dry_run:
             dry_run(s)
+        elif args.benchmark:
+            benchmark(s)
         elif args.sample or args.rollout:
             sample(s, args)
         else:
