@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Frechet distances between sets of feature vectors, from streamed moments (Heusel et al., arXiv 1706.08500)."""
+"""Frechet distances between sets of feature vectors, from streamed moments (Heusel et al., arXiv
+1706.08500)."""
 
 import numpy as np
 import scipy.linalg
@@ -19,7 +20,8 @@ class Moments:
         self.outer += rows.T @ rows
 
     def mean_cov(self):
-        """-> mu (dim,), sigma (dim, dim) with denominator N - 1, as np.cov. Raises ValueError for fewer than 2 rows."""
+        """-> mu (dim,), sigma (dim, dim) with denominator N - 1, as np.cov. Raises ValueError for fewer than
+        2 rows."""
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 rows, got {self.count}")
         mu = self.sum / self.count
@@ -29,10 +31,10 @@ class Moments:
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^1/2), in float64.
 
-    mu (d,), sigma (d, d) symmetric positive semi-definite, of any rank. With sigma_i = F_i F_i^T the trace of the root
-    is the sum of the singular values of F_1^T F_2: all symmetric problems, exact for singular covariances too, where
-    the usual square root of the product loses half its digits. Raises ValueError for shapes that differ, an
-    asymmetric or a negative covariance."""
+    mu (d,), sigma (d, d) symmetric positive semi-definite, of any rank. With sigma_i = F_i F_i^T the trace of
+    the root is the sum of the singular values of F_1^T F_2: all symmetric problems, exact for singular
+    covariances too, where the usual square root of the product loses half its digits. Raises ValueError for
+    shapes that differ, an asymmetric or a negative covariance."""
     mu1, mu2, sigma1, sigma2 = (np.asarray(a, dtype=np.float64) for a in (mu1, mu2, sigma1, sigma2))
     if mu1.shape != mu2.shape or sigma1.shape != sigma2.shape or sigma1.shape != 2 * mu1.shape:
         raise ValueError(f"shapes differ: mu {mu1.shape}, {mu2.shape}; sigma {sigma1.shape}, {sigma2.shape}")

@@ -2,36 +2,35 @@
 """FMD: data-free flow-map distillation, a minimal implementation of FreeFlow (Tong et al., arXiv 2511.19428).
 
 A pretrained flow model (the teacher) makes a sample by integrating its velocity from noise to data: tens to
-hundreds of network evaluations. A flow map (the student) jumps along the same path in one evaluation. We distil
-one into the other without any data: every training state is drawn from the prior or predicted by the student
-itself, so the student is only ever asked about states that its teacher really visits. Two signals do it.
-*Prediction*: the student's path must move with the teacher's velocity. *Correction*: where the student's samples,
-noised again, flow differently from the teacher's distribution, push them back.
+hundreds of network evaluations. A flow map (the student) jumps along the same path in one evaluation. We
+distil one into the other without any data: every training state is drawn from the prior or predicted by the
+student itself, so the student is only ever asked about states that its teacher really visits. Two signals do
+it. *Prediction*: the student's path must move with the teacher's velocity. *Correction*: where the student's
+samples, noised again, flow differently from the teacher's distribution, push them back.
 
 Time: t = 1 IS NOISE, t = 0 IS DATA. Velocities point in the generating direction, from noise to data.
 
-  symbol     in the code        meaning                                                            shape, range
-  z          z                  prior sample, standard normal                                      (B, ...)
-  y, ∅       y, null            class label, null label                                            (B,)
-  γ          gamma              guidance strength; 1 is none                                       (B,)
-  t          t                  time                                                               (B,) in [0, 1]
-  δ          delta              integration duration, from the prior at t = 1 to t = 1 - δ         (B,) in [0, 1]
-  u(x, t)    u                  teacher's velocity dx/d(1-t); E[x0 - n | x_t] on the linear path   like x
-  F(z, δ)    F                  student: average velocity over the first δ of the path             like z
-  f(z, δ)    flow_map(F, z, δ)  z + δ F(z, δ): where the path is after δ; f(z, 1) is the sample    like z
-  v_G        v_G                ∂f/∂δ = F + δ ∂F/∂δ: velocity at which the student generates       like z
-  I_r(x, n)  interpolate        (1 - r) x + r n: a sample x noised to time r with fresh noise n    like x
-  v_N(x, r)  v_N, g             velocity of the flow that noises the student's own samples         like x
-  Δ          residual           student's velocity minus the teacher's: v_G - u or v_N - u         like x
+  symbol     in the code        meaning                                                           shape, range
+  z          z                  prior sample, standard normal                                     (B, ...)
+  y, ∅       y, null            class label, null label                                           (B,)
+  γ          gamma              guidance strength; 1 is none                                      (B,)
+  t          t                  time                                                              (B,) in [0, 1]
+  δ          delta              integration duration, from the prior at t = 1 to t = 1 - δ        (B,) in [0, 1]
+  u(x, t)    u                  teacher's velocity dx/d(1-t); E[x0 - n | x_t] on the linear path  like x
+  F(z, δ)    F                  student: average velocity over the first δ of the path            like z
+  f(z, δ)    flow_map(F, z, δ)  z + δ F(z, δ): where the path is after δ; f(z, 1) is the sample   like z
+  v_G        v_G                ∂f/∂δ = F + δ ∂F/∂δ: velocity at which the student generates      like z
+  I_r(x, n)  interpolate        (1 - r) x + r n: a sample x noised to time r with fresh noise n   like x
+  v_N(x, r)  v_N, g             velocity of the flow that noises the student's own samples        like x
+  Δ          residual           student's velocity minus the teacher's: v_G - u or v_N - u        like x
   sg         .detach()          stop-gradient: a target, not a thing to move
 
 Launch:
-  python fmd.py                                              distil the bundled teacher (28x28 digits), on a laptop
+  python fmd.py                                              distil the bundled teacher (MNIST) on a laptop
   python fmd.py                                              again: resumes where that run stopped
   torchrun --nproc_per_node=8 fmd.py --batch 512             many GPUs (or processes: gloo on a CPU)
   python fmd.py --sample 100 --guidance 1.5 --labels 0-9     one-step samples
   python fmd.py --rollout 100 --solver heun                  the teacher's, in many steps
-  python fmd.py --benchmark                                  where a training step's time goes
   python fmd.py --dry-run                                    settings, sizes and files, without running
 """
 
@@ -74,7 +73,7 @@ class Settings:
     out: str = setting("", "output folder; empty: out/RES", free=True)
     steps: int = setting(1000, "optimiser steps", free=True)
     batch: int = setting(64, "samples per step, over all processes")
-    correction: float = setting(0.25, "share of the batch for correction; 0 or 1: one objective alone [paper]")
+    correction: float = setting(0.25, "share of the batch for correction; 0, 1: one objective alone [paper]")
     k: float = setting(1.0, "exponent of the weight 1/(|Δ|²/d + ε)^k of a sample [paper: 1]")
     alpha: float = setting(1.0, "strength α of correction against prediction [paper: 1; 0.3 to 3 work]")
     gamma: tuple = setting((1.0, 2.0), "guidance γ ~ U(LOW, HIGH) the student is trained for [ours]")
@@ -82,7 +81,7 @@ class Settings:
     cut: float = setting(0.7, "in correction the teacher is guided for r up to this [paper]")
     r_location: float = setting(0.8, "correction's r ~ LogitNormal: location [paper]")
     r_scale: float = setting(1.0, "and scale [ours]")
-    derivative: str = setting("jvp", "∂F/∂δ by jvp (forward mode) or fd (finite difference, a third of the cost)")
+    derivative: str = setting("jvp", "∂F/∂δ by jvp (forward mode) or fd (finite difference)")
     lr: float = setting(3e-4, "peak learning rate of the student, AdamW [ours]")
     online_lr: float = setting(3e-4, "peak learning rate of g [ours]")
     warmup: int = setting(20, "steps of linear warm-up [ours]")
@@ -99,17 +98,19 @@ class Settings:
     def __post_init__(self):
         share = next((m for m in range(1, 101) if round(m * self.correction, 9) % 1 == 0), 100)
         whole = math.isclose(self.batch * self.correction, self.corrected, abs_tol=1e-6)
-        counts, rates = ("steps", "batch", "log_every", "eval_every", "ckpt_every"), ("lr", "online_lr", "clip")
+        counts = ("steps", "batch", "log_every", "eval_every", "ckpt_every")
+        rates = ("lr", "online_lr", "clip")
         rules = [("res", self.res in PRESETS, f"choose from {sorted(PRESETS)}"),
                  *((name, getattr(self, name) >= 1, "must be at least 1") for name in counts),
                  *((name, 0 < getattr(self, name) < math.inf, "must be positive") for name in rates),
                  *((name, getattr(self, name) >= 0, "must be 0 or more") for name in ("k", "warmup", "seed")),
                  ("eval_samples", self.eval_samples >= 2, "must be at least 2: a covariance needs two"),
                  ("correction", 0 <= self.correction <= 1, "must be in [0, 1]"),
-                 ("batch", whole, f"--correction {self.correction} of it must be whole: try a multiple of {share}"),
+                 ("batch", whole,
+                   f"times --correction {self.correction} must be whole: try a multiple of {share}"),
                  ("alpha", 0 < self.alpha < math.inf, "must be positive; no correction is --correction 0"),
-                 ("gamma", 0 <= self.gamma[0] <= self.gamma[1] < math.inf, "must be LOW HIGH, 0 <= LOW <= HIGH"),
-                 ("interval", 0 <= self.interval[0] <= self.interval[1] <= 1, "must be LOW HIGH within 0 and 1"),
+                 ("gamma", 0 <= self.gamma[0] <= self.gamma[1] < math.inf, "must be LOW HIGH from 0 up"),
+                 ("interval", 0 <= self.interval[0] <= self.interval[1] <= 1, "must be LOW HIGH in 0 to 1"),
                  ("cut", 0 <= self.cut <= 1, "must be a time in [0, 1]"),
                  ("r_location", math.isfinite(self.r_location), "must be finite"),
                  ("r_scale", 0 < self.r_scale < math.inf, "must be positive"),
@@ -117,7 +118,7 @@ class Settings:
                  ("decay_from", 0 <= self.decay_from <= 1, "must be in [0, 1]"),
                  ("ema", 0 <= self.ema < 1, "must be in [0, 1)"),
                  ("device", self.device.split(":")[0] in ("cpu", "cuda"), "choose cpu, cuda or cuda:N"),
-                 ("device", self.device == "cpu" or torch.cuda.is_available(), "no GPU here: use --device cpu")]
+                 ("device", self.device == "cpu" or torch.cuda.is_available(), "no GPU here: use cpu")]
         for name, fine, fix in rules:
             if not fine:
                 raise ValueError(f"--{name.replace('_', '-')} {plain(getattr(self, name))}: {fix}")
@@ -137,8 +138,8 @@ def plain(value):
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-# What differs from the defaults above, by resolution. At 28, in float32 on a CPU, a finite difference is as good as
-# the JVP and takes a third of its time.
+# What differs from the defaults above, by resolution. At 28, in float32 on a CPU, a finite difference is as
+# good as the JVP and takes a third of its time.
 PRESETS = {28: {"derivative": "fd"}}
 
 
@@ -148,7 +149,8 @@ PRESETS = {28: {"derivative": "fd"}}
 # -----------------------------------------------------------------------------------------------------------
 
 def generator(*key):
-    """A torch.Generator for a key such as (seed, step, "z"): equal keys, equal draws, and no state to save."""
+    """A torch.Generator for a key such as (seed, step, "z"): equal keys, equal draws, and no state to
+    save."""
     digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
 
@@ -190,7 +192,8 @@ def guidance_within(gamma, t, low, high):
 def guided(velocity, x, t, y, gamma, null):
     """Classifier-free guidance u(x|∅) + γ (u(x|y) - u(x|∅)), both halves in one call of velocity(x, t, y).
 
-    x (B, ...); t, y, gamma (B,); null an int -> (B, ...). On all channels (the DiT code guides only three)."""
+    x (B, ...); t, y, gamma (B,); null an int -> (B, ...). On all channels (the DiT code guides only
+    three)."""
     nulls = torch.full_like(y, null)
     halves = velocity(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, nulls]))    # (2B, ...)
     u_y, u_null = halves.chunk(2)                                                     # 2 x (B, ...)
@@ -199,7 +202,8 @@ def guided(velocity, x, t, y, gamma, null):
 
 @torch.no_grad()
 def rollout(u, z, steps, solver="heun", path=False):
-    """Integrate dx/d(1-t) = u(x, t) from t = 1 to t = 0 on a uniform grid. Evaluations a step: Euler 1, Heun 2.
+    """Integrate dx/d(1-t) = u(x, t) from t = 1 to t = 0 on a uniform grid. Evaluations a step: Euler 1, Heun
+    2.
 
     u(x, t) takes x (B, ...), t (B,). -> the end point (B, ...), or with path=True (steps + 1, B, ...)."""
     if solver not in ("heun", "euler"):
@@ -228,9 +232,9 @@ def flow_map(F, z, delta):
 def duration_derivative(F, z, delta, value, method="jvp", h=5e-3):
     """∂F/∂δ at fixed z, a partial derivative: the tangent is 1 on δ and 0 on z. value is F(z, δ). -> like z.
 
-    jvp: forward mode, exact; the fused attention kernels have no forward derivative, so it takes the plain one.
-    fd: backward difference, one evaluation, since F(z, δ) is at hand; error O(h). It wants float32: bfloat16
-    rounds by 4e-3, as much as the step h itself."""
+    jvp: forward mode, exact; the fused attention kernels have no forward derivative, so it takes the plain
+    one. fd: backward difference, one evaluation, since F(z, δ) is at hand; error O(h). It wants float32:
+    bfloat16 rounds by 4e-3, as much as the step h itself."""
     if method == "fd":
         return (value - F(z, delta - h)) / h
     with sdpa_kernel(SDPBackend.MATH):
@@ -260,11 +264,12 @@ def prediction(F, u, z, delta, derivative=duration_derivative):
 
 
 def correction(F, u, g, z, n, r):
-    """Correction (paper, Eq. 10 and 11) -> F(z, 1), with gradient, Δ_N = v_N - u at noised samples, loss of g.
+    """Correction (paper, Eq. 10 and 11) -> F(z, 1), with gradient, Δ_N = v_N - u at noised samples, loss of
+    g.
 
-    Against Δ_N falls the KL divergence of the student's distribution from the teacher's, both noised to time r.
-    v_N has no formula: g(x, r) learns it online, by flow matching on the student's own samples, and one call of
-    g serves as v_N, detached, and for that loss. z and fresh noise n (B, ...), r (B,)."""
+    Against Δ_N falls the KL divergence of the student's distribution from the teacher's, both noised to time
+    r. v_N has no formula: g(x, r) learns it online, by flow matching on the student's own samples, and one
+    call of g serves as v_N, detached, and for that loss. z and fresh noise n (B, ...), r (B,)."""
     average = F(z, torch.ones_like(r))                                                # (B, ...)
     x = (z + average).detach()                                                        # f(z, 1): g's data
     x_r = interpolate(x, n, r)                                                        # (B, ...)
@@ -275,8 +280,8 @@ def correction(F, u, g, z, n, r):
 
 
 def both(F, u, g, z, delta, n, r, derivative=duration_derivative):
-    """The two objectives on one batch with one call each of student, teacher and g: the first len(delta) rows of
-    z are for prediction, the other len(r) for correction. -> F (B, ...), Δ_G, Δ_N, loss of g."""
+    """The two objectives on one batch with one call each of student, teacher and g: the first len(delta) rows
+    of z are for prediction, the other len(r) for correction. -> F (B, ...), Δ_G, Δ_N, loss of g."""
     P, durations = len(delta), torch.cat([delta, torch.ones_like(r)])
     average = F(z, durations)                                                         # (B, ...)
     f = z + expand(durations, z) * average.detach()                                   # (B, ...)
@@ -290,18 +295,19 @@ def both(F, u, g, z, delta, n, r, derivative=duration_derivative):
 
 
 def weighted(residual, k=1.0, eps=1e-3):
-    """w Δ with w = 1 / (|Δ|²/d + ε)^k for each sample of d dimensions, so that a few large residuals do not drown
-    the rest. The paper's Table 1 finds k decisive once correction joins in. ε is ours."""
+    """w Δ with w = 1 / (|Δ|²/d + ε)^k for each sample of d dimensions, so that a few large residuals do not
+    drown the rest. The paper's Table 1 finds k decisive once correction joins in. ε is ours."""
     size = residual.flatten(1).square().mean(1)                                       # (B,)  |Δ|²/d
     return residual / expand((size + eps) ** k, residual)                             # (B, ...)
 
 
 def student_loss(average, residual_G, residual_N, k=1.0, alpha=1.0, mean=torch.mean, eps=1e-6):
-    """A loss with the gradient of <F, sg(w Δ_G)> over prediction's rows and <F, sg(λ w Δ_N)> over correction's,
-    which come second; and λ.
+    """A loss with the gradient of <F, sg(w Δ_G)> over prediction's rows and <F, sg(λ w Δ_N)> over
+    correction's, which come second; and λ.
 
-    λ = α E|w Δ_G| / (E|w Δ_N| + ε) gives the two equal force at α = 1 [paper; after the weights: ours]. `mean`
-    must average over all processes, else λ depends on their number. One objective alone (no rows): λ = α."""
+    λ = α E|w Δ_G| / (E|w Δ_N| + ε) gives the two equal force at α = 1 [paper; after the weights: ours].
+    `mean` must average over all processes, else λ depends on their number. One objective alone (no rows): λ =
+    α."""
     G, N = weighted(residual_G, k), weighted(residual_N, k)
     lam = average.new_tensor(alpha)
     if len(G) and len(N):
@@ -344,7 +350,8 @@ def online_of(net, convention, y, gamma):
 
 
 def training_losses(teacher, student, online, bare, convention, s, draws, mean=torch.mean):
-    """-> the student's loss, the loss of g (None without correction), and what to log. draws: two dicts of prior().
+    """-> the student's loss, the loss of g (None without correction), and what to log. draws: two dicts of
+    prior().
 
     bare is the student without its DDP wrapper, for the derivative, which needs no gradient."""
     pred, corr = draws
@@ -386,7 +393,8 @@ def training_step(teacher, parts, wrapped, convention, s, step, draws, mean=torc
     """Losses, gradients, optimisers, average: one step on parts (see build) -> what to log, as floats.
 
     Raises FloatingPointError before anything has changed if a term or a gradient is not finite."""
-    loss, online_loss, terms = training_losses(teacher, *wrapped, parts["student"], convention, s, draws, mean)
+    bare = parts["student"]
+    loss, online_loss, terms = training_losses(teacher, *wrapped, bare, convention, s, draws, mean)
     for name, value in (("student", loss), ("online", online_loss)):
         if value is not None:
             value.backward()
@@ -401,8 +409,8 @@ def training_step(teacher, parts, wrapped, convention, s, step, draws, mean=torc
         parts[f"{name}_opt"].step()
         parts[f"{name}_opt"].zero_grad()
     # early on a plain mean over the steps so far, until 1 - 1/n passes s.ema
-    torch._foreach_lerp_([p for p in parts["ema"].parameters()], [p.detach() for p in parts["student"].parameters()],
-                         1 - min(s.ema, (1 + step) / (10 + step)))
+    weights, averages = ([p.detach() for p in parts[name].parameters()] for name in ("student", "ema"))
+    torch._foreach_lerp_(averages, weights, 1 - min(s.ema, (1 + step) / (10 + step)))
     return values
 
 
@@ -412,7 +420,8 @@ def training_step(teacher, parts, wrapped, convention, s, step, draws, mean=torc
 
 def join(s):
     """Join the processes torchrun started, if any -> rank, world size, device, mean over all processes."""
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, local, world = (int(os.environ.get(name, default)) for name, default in
+                          (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     if s.corrected % world or (s.batch - s.corrected) % world:
         raise ValueError(f"--batch {s.batch}: its {s.batch - s.corrected} samples for prediction and "
                          f"{s.corrected} for correction must both divide by the {world} processes")
@@ -431,7 +440,7 @@ def join(s):
 
 def load_net(path, flag, device, student=False):
     """-> a frozen network and its file's info. Raises ValueError naming flag, file and fault."""
-    path = path if Path(path).exists() else HERE / path              # bundled files, from any working directory
+    path = path if Path(path).exists() else HERE / path            # bundled files, from any working directory
     try:
         net, info = sit.load(path)
     except ValueError as e:
@@ -439,8 +448,8 @@ def load_net(path, flag, device, student=False):
     if info["convention"] not in CONVENTIONS:
         raise ValueError(f"{flag} {path}: convention {info['convention']!r} is none of {sorted(CONVENTIONS)}")
     if (net.config["dt"] and net.config["gw"]) != student:
-        raise ValueError(f"{flag} {path}: holds a " + ("teacher (no δ and γ embedders), give a student" if student
-                                                       else "student (δ and γ embedders), give a teacher"))
+        held = "teacher (no δ and γ embedders)" if student else "student (δ and γ embedders)"
+        raise ValueError(f"{flag} {path}: holds a {held}, give a {'student' if student else 'teacher'}")
     return net.to(device).eval().requires_grad_(False), info
 
 
@@ -448,7 +457,7 @@ def relative(teacher, **embedders):
     """A network that starts as the teacher, with embedders added, which say nothing at first."""
     net = sit.SiT(**{**teacher.config, "learn_sigma": False, **embedders})
     weights = teacher.state_dict()
-    if teacher.config["learn_sigma"]:                                # of the read-out keep the velocity's half
+    if teacher.config["learn_sigma"]:                               # of the read-out keep the velocity's half
         pixels, channels = teacher.config["patch"] ** 2, teacher.config["shape"][0]
         keep = torch.arange(2 * channels * pixels).view(pixels, 2 * channels)[:, :channels].reshape(-1)
         weights |= {k: v[keep] for k, v in weights.items() if k.startswith("final_layer.linear.")}
@@ -457,7 +466,8 @@ def relative(teacher, **embedders):
 
 
 def build(teacher, s):
-    """-> what trains, and what a checkpoint holds, by name: student, ema, online network g, two optimisers."""
+    """-> what trains, and what a checkpoint holds, by name: student, ema, online network g, two
+    optimisers."""
     parts = {"student": relative(teacher, dt=True, gw=True), "online": relative(teacher, gw=True),
              "ema": relative(teacher, dt=True, gw=True).requires_grad_(False)}
     for name, lr in (("student", s.lr), ("online", s.online_lr)):
@@ -530,11 +540,13 @@ def train(s):
     say(f"teacher {s.teacher} (convention {convention}), student of {size:.2f} M parameters, "
         f"{world} process(es) on {device.type}, steps {first} to {s.steps}")
     truth = reference(teacher, convention, s, device) if rank == 0 else None
-    bar = tqdm(range(first, s.steps), initial=first, total=s.steps, disable=rank > 0 or not sys.stderr.isatty())
+    quiet = rank > 0 or not sys.stderr.isatty()                      # plain lines when piped
+    bar = tqdm(range(first, s.steps), initial=first, total=s.steps, disable=quiet)
     clock, since = time.perf_counter(), first
     for step in bar:
         draws = [{name: value.to(device) for name, value in
-                  prior(shape, classes, s, step, part, rank, world).items()} for part in ("prediction", "correction")]
+                  prior(shape, classes, s, step, part, rank, world).items()}
+                 for part in ("prediction", "correction")]
         values = training_step(teacher, parts, wrapped, convention, s, step, draws, mean)
         done = step + 1
         last = done == s.steps
@@ -547,7 +559,7 @@ def train(s):
             with open(s.folder / "metrics.jsonl", "a") as f:
                 f.write(json.dumps(line) + "\n")
             left = time.strftime("%H:%M:%S", time.gmtime(seconds * (s.steps - done)))
-            if bar.disable or "frechet" in line:
+            if quiet or "frechet" in line:
                 say("  ".join(f"{k} {v:.4g}" for k, v in line.items()) + f"  left {left}")
             clock, since = time.perf_counter(), done
         if rank == 0 and (done % s.ckpt_every == 0 or last):
@@ -569,7 +581,7 @@ def train(s):
 # 8. Sampling, evaluation, pictures
 # -----------------------------------------------------------------------------------------------------------
 
-CHUNK = 64      # samples are always computed 64 at a time: sample i is the same to the bit, however many follow
+CHUNK = 64    # samples are always computed 64 at a time: sample i is the same to the bit, however many follow
 
 
 def noise(seed, indices, shape):
@@ -578,7 +590,8 @@ def noise(seed, indices, shape):
 
 
 def generate(make, count, seed, shape, labels, device):
-    """Samples 0 to count - 1 by make(z, y) -> z, y, x on the CPU. Sample i has label labels[i mod len(labels)]."""
+    """Samples 0 to count - 1 by make(z, y) -> z, y, x on the CPU. Sample i has label labels[i mod
+    len(labels)]."""
     out = []
     for start in tqdm(range(0, count, CHUNK), desc="sampling", leave=False, disable=not sys.stderr.isatty()):
         i = range(start, start + CHUNK)
@@ -615,14 +628,17 @@ def reference(teacher, convention, s, device, steps=16):
     """The teacher's samples on fixed noises, at the middle of the student's range of guidance."""
     gamma, clock = sum(s.gamma) / 2, time.perf_counter()
     make = many_steps(teacher, convention, gamma, steps, "heun", s.interval)
-    z, y, x = generate(make, s.eval_samples, s.seed, teacher.config["shape"], range(teacher.config["classes"]), device)
+    shape, labels = teacher.config["shape"], range(teacher.config["classes"])
+    z, y, x = generate(make, s.eval_samples, s.seed, shape, labels, device)
     ms = 1e3 * (time.perf_counter() - clock) / len(x)
-    return {"z": z, "y": y, "x": x, "gamma": gamma, "steps": steps, "ms": ms, "moments": moments(x), "seed": s.seed}
+    return {"z": z, "y": y, "x": x, "moments": moments(x), "ms": ms,
+            "gamma": gamma, "steps": steps, "seed": s.seed}
 
 
 def compare(net, convention, truth):
     """A student on the reference's noises -> metrics, samples, ms per image. endpoint_error is the mean of
-    |f(z, 1) - φ(z)| / |φ(z)|, φ(z) the teacher's; frechet the Frechet distance of the pixels to the teacher's."""
+    |f(z, 1) - φ(z)| / |φ(z)|, φ(z) the teacher's; frechet the Frechet distance of the pixels to the
+    teacher's."""
     phi, clock, device = truth["x"], time.perf_counter(), net.pos_embed.device
     make = one_step(net, convention, truth["gamma"])
     x = generate(make, len(phi), truth["seed"], phi.shape[1:], truth["y"].tolist(), device)[2]
@@ -670,7 +686,8 @@ def report(teacher, ema, convention, s, truth):
     write(s.folder / "path.png", lambda f: picture(rows, names, [f"δ = {d}" for d in deltas]).save(f, "PNG"))
 
     print(f"\n{len(x)} samples, γ = {truth['gamma']:g}      NFE  ms/image  endpoint error  Frechet distance")
-    print(f"{'teacher, Heun ' + str(truth['steps']):24}{4 * truth['steps']:5}{truth['ms']:10.2f}{0:16.4f}{0:18.2f}")
+    name = f"teacher, Heun {truth['steps']}"
+    print(f"{name:24}{4 * truth['steps']:5}{truth['ms']:10.2f}{0:16.4f}{0:18.2f}")
     print(f"{'student':24}{1:5}{ms:10.2f}{metrics['endpoint_error']:16.4f}{metrics['frechet']:18.2f}")
     print(f"\nIn {s.folder}: student.pt  ckpt.pt  metrics.jsonl  samples.png  path.png")
     print(f"Next: python fmd.py --sample 100 --guidance 1.5 --ckpt {s.folder / 'student.pt'}")
@@ -701,56 +718,20 @@ def sample(s, args):
     rows = [x[i:i + 10] for i in range(0, min(100, count), 10)]
     write(s.folder / f"{name}.npz", lambda f: np.savez(f, arr_0=x, arr_1=y.numpy()))
     write(s.folder / f"{name}-grid.png", lambda f: picture(rows, [""] * len(rows)).save(f, "PNG"))
-    print(f"{count} samples of {path}, {nfe} NFE, {ms:.2f} ms each: {s.folder}/{name}.npz and {name}-grid.png")
+    print(f"{count} samples of {path}, {nfe} NFE, {ms:.2f} ms each")
+    print(f"In {s.folder}: {name}.npz  {name}-grid.png")
 
 
 def parse_labels(text, classes):
     """"balanced" (all classes in turn), "7" or "0-9" -> list of labels. Raises ValueError naming the flag."""
     try:
-        low, high = (0, classes - 1) if text == "balanced" else (int(text.split("-")[0]), int(text.split("-")[-1]))
+        ends = text.split("-")
+        low, high = (0, classes - 1) if text == "balanced" else (int(ends[0]), int(ends[-1]))
     except ValueError:
         low, high = 1, 0
     if not 0 <= low <= high < classes:
         raise ValueError(f"--labels {text}: give balanced, one label or LOW-HIGH, within 0 to {classes - 1}")
     return list(range(low, high + 1))
-
-
-def benchmark(s, repeats=9):
-    """--benchmark: the median time of each part of a training step over that of a forward without gradient, on
-    the same batch, taken in turn so that a machine that slows down slows all of them."""
-    teacher, info = load_net(s.teacher, "--teacher", torch.device(s.device))
-    parts, convention, device = build(teacher, s), info["convention"], teacher.pos_embed.device
-    draws = [{k: v.to(device) for k, v in prior(teacher.config["shape"], teacher.config["classes"], s, 0, part).items()}
-             for part in ("prediction", "correction")]
-    pred, corr = draws
-    z, y, gamma = (torch.cat([pred[name], corr[name]]) for name in ("z", "y", "gamma"))
-    delta = torch.cat([pred["delta"], torch.ones_like(corr["gamma"])])
-    F = student_of(parts["student"], convention, y, gamma)
-    F_pred = student_of(parts["student"], convention, pred["y"], pred["gamma"])
-    g = online_of(parts["online"], convention, corr["y"], corr["gamma"])
-    value = torch.zeros_like(pred["z"])
-    runs = {"forward": torch.no_grad()(lambda: F(z, delta)),
-            "student, forward and backward": lambda: F(z, delta).mean().backward(),
-            "teacher, guided": lambda: teacher_of(teacher, convention, y, gamma)(z, delta),
-            "derivative, jvp": lambda: duration_derivative(F_pred, pred["z"], pred["delta"], value, "jvp"),
-            "derivative, fd": lambda: duration_derivative(F_pred, pred["z"], pred["delta"], value, "fd"),
-            "g, forward and backward": lambda: g(corr["n"], corr["r"]).mean().backward()}
-    for method in ("jvp", "fd"):
-        settings = dataclasses.replace(s, derivative=method)
-        runs[f"training step, {method}"] = lambda settings=settings: training_step(
-            teacher, parts, (parts["student"], parts["online"]), convention, settings, 0, draws)
-    times = {name: [] for name in runs}
-    for i in range(repeats + 2):                                     # two rounds of warm-up
-        for name, call in runs.items():
-            clock = time.perf_counter()
-            call()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times[name] += [time.perf_counter() - clock] if i >= 2 else []
-    forward = np.median(times["forward"])
-    print(f"batch {s.batch}, {s.correction:.0%} correction, {device.type}, {torch.get_num_threads()} threads, float32")
-    for name, seconds in times.items():
-        print(f"{name:32}{1e3 * np.median(seconds):9.1f} ms{np.median(seconds) / forward:8.2f} forwards")
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -772,12 +753,11 @@ def parse(argv):
     group.add_argument("--sample", type=int, metavar="N", help="N one-step samples of the student")
     group.add_argument("--rollout", type=int, metavar="N", help="N many-step samples of the teacher")
     group.add_argument("--dry-run", action="store_true", help="print settings, sizes and files to be written")
-    group.add_argument("--benchmark", action="store_true", help="time the parts of a training step")
-    group.add_argument("--ckpt", metavar="F", help="weights for these (default: OUT/student.pt, else the bundled)")
+    group.add_argument("--ckpt", metavar="F", help="weights (default: OUT/student.pt, else the bundled)")
     group.add_argument("--guidance", type=float, default=1.5, metavar="γ", help="for these (default: 1.5)")
-    group.add_argument("--labels", default="balanced", help="balanced, one label or LOW-HIGH (default: balanced)")
+    group.add_argument("--labels", default="balanced", help="balanced (default), one label or LOW-HIGH")
     group.add_argument("--solver", default="heun", help="of --rollout: heun or euler (default: heun)")
-    group.add_argument("--rollout-steps", type=int, default=32, metavar="K", help="of --rollout (default: 32)")
+    group.add_argument("--rollout-steps", type=int, default=32, metavar="K", help="of --rollout (32)")
     args = parser.parse_args(argv)
     given = {f.name: vars(args)[f.name] for f in dataclasses.fields(Settings) if f.name in vars(args)}
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
@@ -786,11 +766,10 @@ def parse(argv):
                for name in ("sample", "rollout", "rollout_steps")),
              ("rollout", not (args.sample and args.rollout), "give --sample or --rollout, not both"),
              ("solver", args.solver in ("heun", "euler"), "choose heun or euler"),
-             ("guidance", args.guidance >= 0 and math.isfinite(args.guidance), "must be 0 or more"),
-             ("correction", not args.benchmark or 0 < s.correction < 1, "--benchmark times both objectives")]
+             ("guidance", args.guidance >= 0 and math.isfinite(args.guidance), "must be 0 or more")]
     for name, fine, fix in rules:
         if not fine:
-            raise ValueError(f"--{name.replace('_', '-')} {vars(args).get(name, s.correction)}: {fix}")
+            raise ValueError(f"--{name.replace('_', '-')} {vars(args)[name]}: {fix}")
     return s, args
 
 
@@ -799,8 +778,8 @@ def dry_run(s):
     teacher, info = load_net(s.teacher, "--teacher", torch.device("cpu"))
     for f in dataclasses.fields(s):
         print(f"{f.name:14} {plain(getattr(s, f.name)):26} {f.metadata['meaning']}")
-    nets = {"teacher": teacher, "student": relative(teacher, dt=True, gw=True), "online g": relative(teacher, gw=True)}
-    for name, net in nets.items():
+    parts = build(teacher, s)
+    for name, net in (("teacher", teacher), ("student", parts["student"]), ("online g", parts["online"])):
         print(f"{name:14} {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters")
     print(f"{'convention':14} {info['convention']}")
     print(f"would write    {s.folder}/: student.pt  ckpt.pt  metrics.jsonl  samples.png  path.png")
@@ -811,8 +790,6 @@ def main(argv=None):
         s, args = parse(argv)
         if args.dry_run:
             dry_run(s)
-        elif args.benchmark:
-            benchmark(s)
         elif args.sample or args.rollout:
             sample(s, args)
         else:

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: MIT
 """SiT, the transformer that teacher, student and online network share, and the layouts its weights come in.
 
-The network is the Scalable Interpolant Transformer (Ma et al., arXiv 2401.08740), that is DiT's (Peebles and Xie,
-arXiv 2212.09748): patches, adaLN-Zero blocks, a linear read-out. Parameter names and shapes are those of the released
-files. This file knows nothing of flow maps and holds no convention of time or sign: it maps (x, t, y) to an array
-like x, and fmd.py says what t and the output mean (`CONVENTIONS` there).
+The network is the Scalable Interpolant Transformer (Ma et al., arXiv 2401.08740), that is DiT's (Peebles and
+Xie, arXiv 2212.09748): patches, adaLN-Zero blocks, a linear read-out. Parameter names and shapes are those of
+the released files. This file knows nothing of flow maps and holds no convention of time or sign: it maps (x,
+t, y) to an array like x, and fmd.py says what t and the output mean (`CONVENTIONS` there).
 
-Two optional inputs turn a teacher into the other two networks of the method, with the embedders the FreeFlow release
-adds: `dt` (the integration duration δ) and `gw` (the guidance strength γ). Both are summed into the conditioning.
-Their last layers start at zero, so a network started from a teacher's weights starts out as that teacher.
+Two optional inputs turn a teacher into the other two networks of the method, with the embedders the FreeFlow
+release adds: `dt` (the integration duration δ) and `gw` (the guidance strength γ). Both are summed into the
+conditioning. Their last layers start at zero, so a network started from a teacher's weights starts out as
+that teacher.
 
-Letters in shape comments: B batch, C channels, H W height and width, p patch, T = HW/p² tokens, D width, E embedding.
+Letters in shape comments: B batch, C channels, H W height and width, p patch, T = HW/p² tokens, D width, E
+embedding.
 """
 
 import math
@@ -19,24 +21,27 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# Named sizes (depth, width, heads) of DiT and SiT; "SiT-XL/2" is size XL with patch 2. T is ours: the bundled teacher.
+# Named sizes (depth, width, heads) of DiT and SiT; "SiT-XL/2" is size XL with patch 2. T is ours: the bundled
+# teacher.
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16), "T": (6, 128, 4)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Embeddings
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
 def sinusoids(t, dim=256, max_period=10000):
-    """(B,) -> (B, dim): cos(t w_k) then sin(t w_k), w_k from 1 down to 1/max_period. t is taken as it is, unscaled."""
-    freqs = torch.exp(-math.log(max_period) / (dim // 2) * torch.arange(dim // 2, device=t.device, dtype=torch.float32))
+    """(B,) -> (B, dim): cos(t w_k) then sin(t w_k), w_k from 1 down to 1/max_period. t is taken as it is,
+    unscaled."""
+    k = torch.arange(dim // 2, device=t.device, dtype=torch.float32)
+    freqs = torch.exp(-math.log(max_period) / (dim // 2) * k)
     args = t.float()[:, None] * freqs                   # (B, dim/2)
     return torch.cat([args.cos(), args.sin()], dim=1)   # (B, dim)
 
 
 def position_table(width, rows, cols):
-    """(1, rows*cols, width): fixed 2-D sin-cos positions, tokens row by row. Half the width encodes the column, half
-    the row, in that order: the DiT and MAE code puts w first."""
+    """(1, rows*cols, width): fixed 2-D sin-cos positions, tokens row by row. Half the width encodes the
+    column, half the row, in that order: the DiT and MAE code puts w first."""
     freqs = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     row, col = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
     args = [axis.reshape(-1, 1) * freqs for axis in (col, row)]                    # 2 x (T, width/4)
@@ -55,7 +60,8 @@ class ScalarEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """(B,) int64 -> (B, D). Row `classes` is the null class ∅. Label dropout is the caller's business: pass ∅."""
+    """(B,) int64 -> (B, D). Row `classes` is the null class ∅. Label dropout is the caller's business: pass
+    ∅."""
 
     def __init__(self, classes, width):
         super().__init__()
@@ -76,9 +82,9 @@ class PatchEmbedder(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Transformer
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
 def modulate(x, shift, scale):
     """adaLN: x (B, T, D) scaled and shifted by per-sample vectors (B, D)."""
@@ -111,7 +117,8 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """adaLN-Zero block: attention and MLP, each with a shift, a scale and a gate made from the conditioning."""
+    """adaLN-Zero block: attention and MLP, each with a shift, a scale and a gate made from the
+    conditioning."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -122,7 +129,7 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x, c):
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)    # each (B, D)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)  # each (B, D)
         x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))                # (B, T, D)
         return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))              # (B, T, D)
 
@@ -135,24 +142,26 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x, c):
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)                                    # each (B, D)
-        return self.linear(modulate(self.norm_final(x), shift, scale))                             # (B, T, p*p*C')
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)                                  # each (B, D)
+        return self.linear(modulate(self.norm_final(x), shift, scale))                        # (B, T, p*p*C')
 
 
 class SiT(nn.Module):
     """SiT(x, t, y[, dt][, gw]) -> array like x.
 
-    depth, width, heads: the transformer; patch: side of a patch; channels, height, width of the input: `shape`;
-    classes: number of labels, the null class not counted; learn_sigma: 2C output channels, of which the first C are
-    returned (the published SiT files have them, REPA's and students do not); dt, gw: add that embedder."""
+    depth, width, heads: the transformer; patch: side of a patch; channels, height, width of the input:
+    `shape`; classes: number of labels, the null class not counted; learn_sigma: 2C output channels, of which
+    the first C are returned (the published SiT files have them, REPA's and students do not); dt, gw: add that
+    embedder."""
 
     def __init__(self, shape, depth, width, heads, patch, classes, learn_sigma=False, dt=False, gw=False):
         super().__init__()
         channels, rows, cols = shape
-        self.config = dict(shape=list(shape), depth=depth, width=width, heads=heads, patch=patch, classes=classes,
-                           learn_sigma=learn_sigma, dt=dt, gw=gw)
+        self.config = dict(shape=list(shape), depth=depth, width=width, heads=heads, patch=patch,
+                           classes=classes, learn_sigma=learn_sigma, dt=dt, gw=gw)
         self.x_embedder = PatchEmbedder(channels, patch, width)
-        self.pos_embed = nn.Parameter(position_table(width, rows // patch, cols // patch), requires_grad=False)
+        positions = position_table(width, rows // patch, cols // patch)
+        self.pos_embed = nn.Parameter(positions, requires_grad=False)
         self.t_embedder = ScalarEmbedder(width)
         self.y_embedder = LabelEmbedder(classes, width)
         self.dt_embedder = ScalarEmbedder(width) if dt else None
@@ -202,9 +211,9 @@ class SiT(nn.Module):
         return h.permute(0, 5, 1, 3, 2, 4).reshape(len(h), -1, rows, cols)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Files: what the released checkpoints look like, read and written
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
 # The FreeFlow release names the scalar embedders' MLPs `projs` where SiT's files say `mlp`.
 NAMES = [(f"{e}_embedder.projs.", f"{e}_embedder.mlp.") for e in ("t", "dt", "gw")]
@@ -224,13 +233,15 @@ def released_names(state):
 
 
 def from_state_dict(state, heads=None):
-    """A SiT with these weights (names of SiT or FreeFlow). Everything but the number of heads is read off the shapes;
-    `heads` None takes it from the named size of the same depth and width.
+    """A SiT with these weights (names of SiT or FreeFlow). Everything but the number of heads is read off the
+    shapes; `heads` None takes it from the named size of the same depth and width.
 
-    Raises ValueError, in one line: a missing or unexpected key, a wrong shape or dtype, a non-finite weight, or heads
-    that cannot be told. `projectors.*` (REPA's training heads) are dropped; everything else must fit."""
+    Raises ValueError, in one line: a missing or unexpected key, a wrong shape or dtype, a non-finite weight,
+    or heads that cannot be told. `projectors.*` (REPA's training heads) are dropped; everything else must
+    fit."""
     state = {k: v for k, v in rename(state, NAMES).items() if not k.startswith("projectors.")}
-    bad = [k for k, v in state.items() if not (torch.is_tensor(v) and v.is_floating_point() and v.isfinite().all())]
+    bad = [k for k, v in state.items()
+           if not (torch.is_tensor(v) and v.is_floating_point() and v.isfinite().all())]
     if bad:
         raise ValueError(f"not a finite floating point tensor: {bad[0]} (and {len(bad) - 1} more)")
     try:
@@ -243,8 +254,8 @@ def from_state_dict(state, heads=None):
         raise ValueError(f"not a SiT: its tensors lack or misshape what tells the size ({e})") from None
     heads = heads or next((h for d, w, h in SIZES.values() if (d, w) == (depth, width)), None)
     if heads is None or width % heads or width % 4 or depth > 1000:
-        raise ValueError(f"cannot tell the number of heads of depth {depth}, width {width}; heads given: {heads}")
-    with torch.device("meta"):                                     # shapes only: the weights come from the file
+        raise ValueError(f"cannot tell the heads of depth {depth}, width {width}; given: {heads}")
+    with torch.device("meta"):                                   # shapes only: the weights come from the file
         net = SiT((channels, side, side), depth, width, heads, patch, classes, outputs == 2 * channels,
                   dt="dt_embedder.mlp.0.weight" in state, gw="gw_embedder.mlp.0.weight" in state)
     want = net.state_dict()
@@ -252,28 +263,32 @@ def from_state_dict(state, heads=None):
     shapes = [f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}" for k, v in want.items()
               if k in state and state[k].shape != v.shape]
     if missing or unexpected or shapes:
-        raise ValueError(f"weights do not fit: missing {missing[:3]}, unexpected {unexpected[:3]}, shapes {shapes[:3]}")
+        raise ValueError(f"weights do not fit: missing {missing[:3]}, unexpected {unexpected[:3]}, "
+                         f"shapes {shapes[:3]}")
     net.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
     net.pos_embed.requires_grad_(False)
     return net
 
 
 def read_file(path):
-    """torch.load that executes nothing from the file. Raises ValueError naming the path if it cannot be read."""
+    """torch.load that executes nothing from the file. Raises ValueError naming the path if it cannot be
+    read."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
-    except Exception as e:              # a damaged zip or pickle raises a dozen types; all of them mean the same here
-        raise ValueError(f"{path}: not a checkpoint that loads with weights_only "
-                         f"({type(e).__name__}: {str(e).splitlines()[0][:80] if str(e) else 'empty'})") from None
+    except Exception as e:      # a damaged zip or pickle raises a dozen types; all of them mean the same here
+        reason = (str(e).splitlines() or ["empty"])[0][:80]
+        raise ValueError(f"{path}: not a checkpoint ({type(e).__name__}: {reason})") from None
 
 
 def load(path, heads=None):
-    """A SiT from a file: a raw state dict, or {"ema": state dict[, "config"][, "convention"]} as ours and SiT's are.
+    """A SiT from a file: a raw state dict, or {"ema": state dict[, "config"][, "convention"]} as ours and
+    SiT's are.
 
-    -> (net, info): what the file says besides the weights, with info["convention"] "sit" or "repa" (fmd.CONVENTIONS),
-    the file's own word, else "repa" where it has REPA's projectors. Raises ValueError naming the path and the fault."""
+    -> (net, info): what the file says besides the weights, with info["convention"] "sit" or "repa"
+    (fmd.CONVENTIONS), the file's own word, else "repa" where it has REPA's projectors. Raises ValueError
+    naming the path and the fault."""
     file = read_file(path)
     try:
         if not isinstance(file, dict):

@@ -8,6 +8,7 @@ import pickle
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +25,10 @@ HERE = Path(__file__).resolve().parent
 torch.set_num_threads(2)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Ground truth: Gaussian data N(m, s² I). Everything about its flow is explicit (method: x_t is Gaussian at every t).
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
+# Ground truth: Gaussian data N(m, s² I). Everything about its flow is explicit (method: x_t is Gaussian at
+# every t).
+# -----------------------------------------------------------------------------------------------------------
 
 M, S = torch.tensor([1.5, -0.5]), 0.4
 
@@ -34,15 +36,16 @@ M, S = torch.tensor([1.5, -0.5]), 0.4
 def gaussian_velocity(x, t, m=M, s=S):
     """E[x0 - n | x_t = x] for x0 ~ N(m, s²), n ~ N(0, 1), x_t = (1-t) x0 + t n."""
     t = t.view(-1, 1)
-    variance = (1 - t) ** 2 * s ** 2 + t ** 2
+    variance = (1 - t) ** 2 * s**2 + t**2
     centred = x - (1 - t) * m
-    return m + ((1 - t) * s ** 2 - t) / variance * centred
+    return m + ((1 - t) * s**2 - t) / variance * centred
 
 
 def gaussian_map(z, delta, m=M, s=S):
-    """Where the path from z at t = 1 is after duration δ: it keeps its place among the standard deviations."""
+    """Where the path from z at t = 1 is after duration δ: it keeps its place among the standard
+    deviations."""
     t = 1 - delta.view(-1, 1)
-    return (1 - t) * m + ((1 - t) ** 2 * s ** 2 + t ** 2).sqrt() * z
+    return (1 - t) * m + ((1 - t) ** 2 * s**2 + t**2).sqrt() * z
 
 
 def gaussian_average(z, delta):
@@ -60,7 +63,10 @@ def batch():
 @pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2)])
 def test_rollout_converges_at_its_order(batch, solver, order):
     z, one = batch[0], torch.ones(64).double()
-    errors = [(fmd.rollout(gaussian_velocity, z, k, solver) - gaussian_map(z, one)).norm().item() for k in (40, 80, 160)]
+    errors = [
+        (fmd.rollout(gaussian_velocity, z, k, solver) - gaussian_map(z, one)).norm().item()
+        for k in (40, 80, 160)
+    ]
     for coarse, fine in zip(errors, errors[1:]):
         assert abs(math.log2(coarse / fine) - order) < 0.25, errors
     path = fmd.rollout(gaussian_velocity, z, 40, solver, path=True)
@@ -79,8 +85,14 @@ def test_exact_flow_map_has_no_prediction_residual(batch, method, tolerance):
     assert residual.abs().max() < tolerance
     assert torch.allclose(z + delta[:, None] * average, gaussian_map(z, delta))
     # and a wrong sign of the teacher, a missing derivative or a wrong map do leave one
-    assert fmd.prediction(gaussian_average, lambda x, t: -gaussian_velocity(x, t), z, delta)[1].abs().mean() > 0.5
-    assert fmd.prediction(gaussian_average, lambda x, t: gaussian_velocity(x, 1 - t), z, delta)[1].abs().mean() > 0.2
+    assert (
+        fmd.prediction(gaussian_average, lambda x, t: -gaussian_velocity(x, t), z, delta)[1].abs().mean()
+        > 0.5
+    )
+    assert (
+        fmd.prediction(gaussian_average, lambda x, t: gaussian_velocity(x, 1 - t), z, delta)[1].abs().mean()
+        > 0.2
+    )
     assert fmd.prediction(gaussian_average, gaussian_velocity, z, delta, lambda *a: 0)[1].abs().mean() > 0.05
 
 
@@ -88,9 +100,9 @@ def test_duration_derivative_is_partial(batch):
     z, delta, _, _ = batch
 
     def F(z, d):
-        return torch.sin(d)[:, None] * z ** 2
+        return torch.sin(d)[:, None] * z**2
 
-    exact = torch.cos(delta)[:, None] * z ** 2                   # a total derivative would add 2 sin(δ) z dz/dδ
+    exact = torch.cos(delta)[:, None] * z**2  # a total derivative would add 2 sin(δ) z dz/dδ
     assert torch.allclose(fmd.duration_derivative(F, z, delta, F(z, delta)), exact)
     assert torch.allclose(fmd.duration_derivative(F, z, delta, F(z, delta), "fd"), exact, atol=3e-2)
     assert torch.equal(fmd.flow_map(F, z, delta), z + delta[:, None] * F(z, delta))
@@ -98,7 +110,7 @@ def test_duration_derivative_is_partial(batch):
 
 def test_correction_residual_is_the_difference_of_velocities(batch):
     z, _, n, r = batch
-    m, s = torch.tensor([0.3, 0.3]).double(), 0.8                # a student that makes N(m, s²) instead
+    m, s = torch.tensor([0.3, 0.3]).double(), 0.8  # a student that makes N(m, s²) instead
 
     def F(z, delta):
         return m + (s - 1) * z
@@ -110,16 +122,21 @@ def test_correction_residual_is_the_difference_of_velocities(batch):
     x_r = (1 - r[:, None]) * (m + s * z) + r[:, None] * n
     assert torch.allclose(residual, v_N(x_r, r) - gaussian_velocity(x_r, r)) and torch.equal(average, F(z, r))
     average, residual, _ = fmd.correction(gaussian_average, gaussian_velocity, gaussian_velocity, z, n, r)
-    assert residual.abs().max() == 0                             # the teacher's own distribution needs no correction
+    assert residual.abs().max() == 0  # the teacher's own distribution needs no correction
 
 
 def test_correction_alone_finds_the_gaussian():
-    """Descending <F, sg(Δ_N)> with the exact v_N moves a student N(a, b²) to the data's N(m, s²): a wrong sign flees."""
+    """Descending <F, sg(Δ_N)> with the exact v_N moves a student N(a, b²) to the data's N(m, s²): a wrong
+    sign flees."""
     a, b = torch.zeros(2, requires_grad=True), torch.ones(1, requires_grad=True)
     opt = torch.optim.Adam([a, b], 0.02)
     for step in range(400):
         g = torch.Generator().manual_seed(step)
-        z, n, r = torch.randn(256, 2, generator=g), torch.randn(256, 2, generator=g), torch.rand(256, generator=g)
+        z, n, r = (
+            torch.randn(256, 2, generator=g),
+            torch.randn(256, 2, generator=g),
+            torch.rand(256, generator=g),
+        )
 
         def v_N(x, t):
             return gaussian_velocity(x, t, a.detach(), b.item())
@@ -135,23 +152,27 @@ def test_correction_alone_finds_the_gaussian():
 
 def test_online_optimum_is_the_closed_form_noising_velocity():
     g = torch.Generator().manual_seed(0)
-    z, n, r = torch.randn(200_000, 2, generator=g), torch.randn(200_000, 2, generator=g), torch.rand(200_000, generator=g)
+    z, n, r = (
+        torch.randn(200_000, 2, generator=g),
+        torch.randn(200_000, 2, generator=g),
+        torch.rand(200_000, generator=g),
+    )
     w = torch.zeros(2, requires_grad=True)
 
-    def g_psi(x, t):                                             # the closed form, with room to be wrong
+    def g_psi(x, t):  # the closed form, with room to be wrong
         return gaussian_velocity(x, t) * (1 + w[0]) + w[1]
 
     average, _, loss = fmd.correction(gaussian_average, gaussian_velocity, g_psi, z, n, r)
     loss.backward()
-    assert w.grad.abs().max() < 0.03, w.grad                     # a stationary point, to Monte Carlo error
+    assert w.grad.abs().max() < 0.03, w.grad  # a stationary point, to Monte Carlo error
     assert not average.requires_grad
     wrong = torch.autograd.grad(((1.2 * gaussian_velocity(n, r) * (1 + w[0]) + w[1] - 1) ** 2).mean(), w)[0]
-    assert wrong.abs().max() > 0.3                               # which elsewhere is far from zero
+    assert wrong.abs().max() > 0.3  # which elsewhere is far from zero
 
 
 def test_weights_and_lambda_by_hand():
-    G = torch.tensor([[3.0, 4.0], [0.0, 2.0]])                   # |Δ|²/d: 12.5 and 2
-    N = torch.tensor([[1.0, 1.0]])                               # 1
+    G = torch.tensor([[3.0, 4.0], [0.0, 2.0]])  # |Δ|²/d: 12.5 and 2
+    N = torch.tensor([[1.0, 1.0]])  # 1
     for k in (0.0, 0.5, 1.0):
         w = [1 / (v + 1e-3) ** k for v in (12.5, 2.0, 1.0)]
         assert torch.allclose(fmd.weighted(G, k), torch.tensor([[3 * w[0], 4 * w[0]], [0, 2 * w[1]]]))
@@ -171,8 +192,13 @@ class Toy(torch.nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.net = torch.nn.Sequential(torch.nn.Linear(3, 64), torch.nn.SiLU(), torch.nn.Linear(64, 64),
-                                       torch.nn.SiLU(), torch.nn.Linear(64, 2))
+        self.net = torch.nn.Sequential(
+            torch.nn.Linear(3, 64),
+            torch.nn.SiLU(),
+            torch.nn.Linear(64, 64),
+            torch.nn.SiLU(),
+            torch.nn.Linear(64, 2),
+        )
 
     def forward(self, z, delta):
         return self.net(torch.cat([z, delta[:, None]], dim=1))
@@ -188,9 +214,12 @@ def test_fused_step_equals_the_objectives_apart(batch):
     for a, b in ((average, torch.cat([average_G, average_N])), (G, G2), (N, N2), (online, online2)):
         assert torch.allclose(a, b, atol=1e-6)
     for a, b in ((average, torch.cat([average_G, average_N])),):
-        grads = [torch.autograd.grad(fmd.student_loss(x, G, N)[0], list(F.parameters()), retain_graph=True) for x in (a, b)]
+        grads = [
+            torch.autograd.grad(fmd.student_loss(x, G, N)[0], list(F.parameters()), retain_graph=True)
+            for x in (a, b)
+        ]
         assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(*grads))
-    assert not G.requires_grad and not N.requires_grad           # stop-gradients
+    assert not G.requires_grad and not N.requires_grad  # stop-gradients
     assert all(p is None for p in torch.autograd.grad(online, list(F.parameters()), allow_unused=True))
 
 
@@ -227,8 +256,8 @@ def test_guidance_and_interval():
 
     got = fmd.guided(velocity, x, t, y, gamma, null=7)
     null = velocity(x, t, torch.full_like(y, 7))
-    assert torch.allclose(got, null + fmd.expand(gamma, x) * (velocity(x, t, y) - null))       # on every channel
-    assert torch.allclose(got[3], velocity(x, t, y)[3], atol=1e-5)                             # γ = 1 is no guidance
+    assert torch.allclose(got, null + fmd.expand(gamma, x) * (velocity(x, t, y) - null))  # on every channel
+    assert torch.allclose(got[3], velocity(x, t, y)[3], atol=1e-5)  # γ = 1 is no guidance
     assert fmd.guidance_within(gamma, t, 0.3, 0.5).tolist() == [1, 2, 0.5, 1, 1]
 
 
@@ -249,9 +278,10 @@ def test_draws_do_not_depend_on_the_world_size():
     assert not torch.equal(big["z"], big["n"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # sit.py
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
+
 
 def tiny(**extra):
     """A small SiT with every weight random, so that no path through it is zero."""
@@ -268,12 +298,17 @@ def test_shapes_in_the_comments_of_forward():
     seen = {}
     for name, module in net.named_modules():
         module.register_forward_hook(lambda m, i, o, name=name: seen.__setitem__(name, tuple(o.shape)))
-    out = net(torch.randn(B, C, H, W), torch.rand(B), torch.zeros(B, dtype=torch.long), torch.rand(B), torch.rand(B))
+    out = net(
+        torch.randn(B, C, H, W), torch.rand(B), torch.zeros(B, dtype=torch.long), torch.rand(B), torch.rand(B)
+    )
     for name in ("t_embedder", "y_embedder", "dt_embedder", "gw_embedder"):
         assert seen[name] == (B, D)
     for name in ("x_embedder", "blocks.0", "blocks.1", "blocks.0.attn", "blocks.1.mlp"):
         assert seen[name] == (B, T, D)
-    assert seen["blocks.0.adaLN_modulation"] == (B, 6 * D) and seen["final_layer.adaLN_modulation"] == (B, 2 * D)
+    assert seen["blocks.0.adaLN_modulation"] == (B, 6 * D) and seen["final_layer.adaLN_modulation"] == (
+        B,
+        2 * D,
+    )
     assert seen["final_layer"] == (B, T, p * p * 2 * C)
     assert net.unpatchify(torch.randn(B, T, p * p * 2 * C)).shape == (B, 2 * C, H, W)
     assert out.shape == (B, C, H, W)
@@ -283,7 +318,10 @@ def test_attention_equals_torch_multihead_attention():
     attention = tiny().blocks[0].attn
     oracle = torch.nn.MultiheadAttention(32, 4, batch_first=True)
     oracle.in_proj_weight.data, oracle.in_proj_bias.data = attention.qkv.weight.data, attention.qkv.bias.data
-    oracle.out_proj.weight.data, oracle.out_proj.bias.data = attention.proj.weight.data, attention.proj.bias.data
+    oracle.out_proj.weight.data, oracle.out_proj.bias.data = (
+        attention.proj.weight.data,
+        attention.proj.bias.data,
+    )
     x = torch.randn(3, 16, 32)
     assert (attention(x) - oracle(x, x, x)[0]).abs().max() < 1e-5
 
@@ -292,14 +330,22 @@ def test_forward_against_a_second_writing():
     """The whole network from its state dict alone, token by token, in plain functions."""
     net = tiny(dt=True, gw=True)
     w, D, heads, p = net.state_dict(), 32, 4, 2
-    x, t, y, dt, gw = torch.randn(2, 2, 8, 8), torch.rand(2), torch.tensor([1, 5]), torch.rand(2), 1 + torch.rand(2)
+    x, t, y, dt, gw = (
+        torch.randn(2, 2, 8, 8),
+        torch.rand(2),
+        torch.tensor([1, 5]),
+        torch.rand(2),
+        1 + torch.rand(2),
+    )
 
     def linear(h, name):
         return h @ w[f"{name}.weight"].T + w[f"{name}.bias"]
 
     def embed(value, name):
         args = torch.stack([value * math.exp(-math.log(10000) * i / 128) for i in range(128)], dim=1)
-        return linear(nnf.silu(linear(torch.cat([args.cos(), args.sin()], 1), f"{name}.mlp.0")), f"{name}.mlp.2")
+        return linear(
+            nnf.silu(linear(torch.cat([args.cos(), args.sin()], 1), f"{name}.mlp.0")), f"{name}.mlp.2"
+        )
 
     def norm(h):
         return (h - h.mean(-1, keepdim=True)) / (h.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
@@ -307,11 +353,24 @@ def test_forward_against_a_second_writing():
     c = sum(embed(v, f"{k}_embedder") for v, k in ((t, "t"), (dt, "dt"), (gw, "gw")))
     c = c + w["y_embedder.embedding_table.weight"][y]
     kernel = w["x_embedder.proj.weight"].reshape(D, -1)
-    h = torch.stack([torch.stack([kernel @ x[b, :, i:i + p, j:j + p].reshape(-1) for i in range(0, 8, p)
-                                  for j in range(0, 8, p)]) for b in range(2)]) + w["x_embedder.proj.bias"]
+    h = (
+        torch.stack(
+            [
+                torch.stack(
+                    [
+                        kernel @ x[b, :, i : i + p, j : j + p].reshape(-1)
+                        for i in range(0, 8, p)
+                        for j in range(0, 8, p)
+                    ]
+                )
+                for b in range(2)
+            ]
+        )
+        + w["x_embedder.proj.bias"]
+    )
     position = torch.zeros(16, D)
     for token in range(16):
-        for axis, place in enumerate((token % 4, token // 4)):   # the column in the first half: "w first"
+        for axis, place in enumerate((token % 4, token // 4)):  # the column in the first half: "w first"
             for i in range(D // 4):
                 angle = place / 10000 ** (i / (D // 4))
                 position[token, axis * D // 2 + i] = math.sin(angle)
@@ -328,14 +387,14 @@ def test_forward_against_a_second_writing():
             heads_out.append(score.softmax(-1) @ v[..., part])
         h = h + a[2] * linear(torch.cat(heads_out, -1), f"blocks.{b}.attn.proj")
         hidden = linear(norm(h) * (1 + a[4]) + a[3], f"blocks.{b}.mlp.fc1")
-        hidden = 0.5 * hidden * (1 + torch.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden ** 3)))
+        hidden = 0.5 * hidden * (1 + torch.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)))
         h = h + a[5] * linear(hidden, f"blocks.{b}.mlp.fc2")
     shift, scale = linear(nnf.silu(c), "final_layer.adaLN_modulation.1")[:, None].split(D, dim=-1)
     h = linear(norm(h) * (1 + scale) + shift, "final_layer.linear")
     want = torch.zeros(2, 2, 8, 8)
     for token in range(16):
         i, j = p * (token // 4), p * (token % 4)
-        want[:, :, i:i + p, j:j + p] = h[:, token].reshape(2, p, p, 2).permute(0, 3, 1, 2)
+        want[:, :, i : i + p, j : j + p] = h[:, token].reshape(2, p, p, 2).permute(0, 3, 1, 2)
     assert (net(x, t, y, dt, gw) - want).abs().max() < 2e-5 * want.abs().max()
 
 
@@ -353,7 +412,9 @@ def test_jvp_of_the_network_equals_finite_difference():
     assert (exact - coarse).abs().max() < 2e-2 * exact.abs().max()
 
 
-@pytest.mark.parametrize("size, patch, millions", [("S", 2, 33), ("B", 4, 131), ("L", 2, 458), ("XL", 2, 675)])
+@pytest.mark.parametrize(
+    "size, patch, millions", [("S", 2, 33), ("B", 4, 131), ("L", 2, 458), ("XL", 2, 675)]
+)
 def test_named_sizes_have_the_published_parameter_counts(size, patch, millions):
     depth, width, heads = sit.SIZES[size]
     with torch.device("meta"):
@@ -376,9 +437,12 @@ def test_a_network_from_its_weights_alone(extra, tmp_path):
         again = sit.from_state_dict(state, heads=4)
         assert again.config == net.config and torch.equal(again(*inputs), net(*inputs))
     torch.save(released, tmp_path / "raw.pt")
-    with pytest.raises(ValueError, match="raw.pt: cannot tell the number of heads"):
+    with pytest.raises(ValueError, match="raw.pt: cannot tell the heads"):
         sit.load(tmp_path / "raw.pt")
-    torch.save({"ema": {**released, "projectors.0.weight": torch.zeros(3)}, "config": net.config}, tmp_path / "ema.pt")
+    torch.save(
+        {"ema": {**released, "projectors.0.weight": torch.zeros(3)}, "config": net.config},
+        tmp_path / "ema.pt",
+    )
     again, info = sit.load(tmp_path / "ema.pt")
     assert torch.equal(again(*inputs), net(*inputs)) and info["convention"] == "repa"
 
@@ -394,10 +458,11 @@ def test_embedders_start_silent_and_students_start_as_their_teacher():
 
 def test_conventions_agree():
     """The same flow written down both ways, SiT's and REPA's, is the same velocity."""
-    def sit_net(x, s, y):                                        # s = 1 - t, output x0 - n
+
+    def sit_net(x, s, y):  # s = 1 - t, output x0 - n
         return gaussian_velocity(x, 1 - s)
 
-    def repa_net(x, t, y):                                       # t, output n - x0
+    def repa_net(x, t, y):  # t, output n - x0
         return -gaussian_velocity(x, t)
 
     x, t = torch.randn(6, 2), torch.rand(6)
@@ -413,15 +478,24 @@ class Bomb:
 def test_hostile_and_damaged_files_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     good = tiny().state_dict()
-    cases = {"bomb": {"ema": Bomb()}, "list": [1], "missing": {k: v for k, v in good.items() if "fc1" not in k},
-             "extra": {**good, "more": torch.zeros(1)}, "shape": {**good, "final_layer.linear.bias": torch.zeros(3)},
-             "nan": {**good, "t_embedder.mlp.0.bias": torch.full((32,), math.nan)}, "empty": {},
-             "int": {**good, "t_embedder.mlp.0.bias": torch.zeros(32, dtype=torch.long)}}
+    cases = {
+        "bomb": {"ema": Bomb()},
+        "list": [1],
+        "missing": {k: v for k, v in good.items() if "fc1" not in k},
+        "extra": {**good, "more": torch.zeros(1)},
+        "shape": {**good, "final_layer.linear.bias": torch.zeros(3)},
+        "nan": {**good, "t_embedder.mlp.0.bias": torch.full((32,), math.nan)},
+        "empty": {},
+        "int": {**good, "t_embedder.mlp.0.bias": torch.zeros(32, dtype=torch.long)},
+    }
     for name, content in cases.items():
-        torch.save({"ema": content, "config": {"heads": 4}} if name not in ("list", "bomb") else content, f"{name}.pt")
+        torch.save(
+            {"ema": content, "config": {"heads": 4}} if name not in ("list", "bomb") else content,
+            f"{name}.pt",
+        )
     Path("text.pt").write_text("hello")
     whole = Path("extra.pt").read_bytes()
-    Path("cut.pt").write_bytes(whole[:len(whole) // 2])
+    Path("cut.pt").write_bytes(whole[: len(whole) // 2])
     Path("pickle.pt").write_bytes(pickle.dumps(Bomb()))
     for name in [*cases, "text", "cut", "pickle", "nowhere"]:
         with pytest.raises(ValueError, match=f"{name}.pt: ") as e:
@@ -430,9 +504,10 @@ def test_hostile_and_damaged_files_are_refused(tmp_path, monkeypatch):
     assert not Path("exploded").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # fid.py
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
+
 
 def test_moments_stream_to_numpys_mean_and_covariance():
     rows = np.random.default_rng(0).normal(3, 2, (500, 7))
@@ -449,34 +524,50 @@ def test_frechet_distance_closed_forms():
     rng = np.random.default_rng(0)
     q = np.linalg.qr(rng.normal(size=(6, 6)))[0]
     a, b = rng.uniform(0.1, 3, 6), rng.uniform(0.1, 3, 6)
-    b[:3] = 0                                                    # a singular one
-    want = 5 * 0.25 + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()     # commuting covariances
+    b[:3] = 0  # a singular one
+    want = 5 * 0.25 + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()  # commuting covariances
     mu = np.array([0.5] * 5 + [0])
     got = fid.frechet_distance(np.zeros(6), q @ np.diag(a) @ q.T, mu, q @ np.diag(b) @ q.T)
     assert got == pytest.approx(want, rel=1e-7)
-    few = rng.normal(size=(4, 6))                                # fewer rows than dimensions
+    few = rng.normal(size=(4, 6))  # fewer rows than dimensions
     sigma = np.cov(few, rowvar=False)
     assert abs(fid.frechet_distance(mu, sigma, mu, sigma)) < 1e-10
-    for bad, message in ((np.eye(5), "shapes"), (np.triu(np.ones((6, 6))), "symmetric"), (-np.eye(6), "negative")):
+    for bad, message in (
+        (np.eye(5), "shapes"),
+        (np.triu(np.ones((6, 6))), "symmetric"),
+        (-np.eye(6), "negative"),
+    ):
         with pytest.raises(ValueError, match=message):
             fid.frechet_distance(mu, np.eye(6), mu, bad)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # The command line, in miniature: a tiny random teacher, a handful of steps
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture
 def work(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     net = tiny(shape=(1, 8, 8), classes=10)
     for p in net.parameters():
-        p.data.mul_(0.5) if p.requires_grad else None            # tame: a random velocity should not explode
+        p.data.mul_(0.5) if p.requires_grad else None  # tame: a random velocity should not explode
     torch.save({"ema": net.state_dict(), "config": net.config, "convention": "sit"}, "teacher.pt")
     return tmp_path
 
 
-SMALL = ["--teacher", "teacher.pt", "--batch", "8", "--eval-samples", "12", "--log-every", "1", "--device", "cpu"]
+SMALL = [
+    "--teacher",
+    "teacher.pt",
+    "--batch",
+    "8",
+    "--eval-samples",
+    "12",
+    "--log-every",
+    "1",
+    "--device",
+    "cpu",
+]
 
 
 def run(*args):
@@ -491,35 +582,65 @@ def weights(path):
 def test_main_job_writes_what_it_says(work, capsys):
     assert run(*SMALL, "--steps", 4, "--eval-every", 2, "--out", "o") == 0
     out = capsys.readouterr().out
-    assert sorted(p.name for p in Path("o").iterdir()) == ["ckpt.pt", "metrics.jsonl", "path.png", "samples.png", "student.pt"]
+    assert sorted(p.name for p in Path("o").iterdir()) == [
+        "ckpt.pt",
+        "metrics.jsonl",
+        "path.png",
+        "samples.png",
+        "student.pt",
+    ]
     for name in ("teacher, Heun 16", "student, one step", "NFE", "endpoint error", "Next: python fmd.py"):
         assert name in out
     lines = [json.loads(line) for line in Path("o/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    assert all({"prediction", "correction", "online", "lambda", "grad_norm", "images_per_s"} <= set(line) for line in lines)
-    assert [("endpoint_error" in line, "frechet" in line) for line in lines] == [(False, False), (True, True)] * 2
+    assert all(
+        {"prediction", "correction", "online", "lambda", "student_grad_norm", "images_per_s"} <= set(line)
+        for line in lines
+    )
+    assert [("endpoint_error" in line, "frechet" in line) for line in lines] == [
+        (False, False),
+        (True, True),
+    ] * 2
     assert Image.open("o/samples.png").size[1] == 4 * 18 and Image.open("o/path.png").size[1] == 18 + 6 * 18
     net, info = sit.load("o/student.pt")
-    assert info["convention"] == "sit" and info["gamma"] == [1.0, 2.0] and net.config["dt"] and net.config["gw"]
+    assert (
+        info["convention"] == "sit" and info["gamma"] == [1.0, 2.0] and net.config["dt"] and net.config["gw"]
+    )
     ema = {k[4:]: v for k, v in weights("o/ckpt.pt").items() if k.startswith("ema.")}
     assert all(torch.equal(v, ema[k]) for k, v in net.state_dict().items())
-    assert not torch.equal(ema["blocks.0.mlp.fc1.weight"], torch.load("teacher.pt")["ema"]["blocks.0.mlp.fc1.weight"])
+    assert not torch.equal(
+        ema["blocks.0.mlp.fc1.weight"], torch.load("teacher.pt")["ema"]["blocks.0.mlp.fc1.weight"]
+    )
 
 
-@pytest.mark.parametrize("extra", [["--correction", 0], ["--correction", 1], ["--derivative", "jvp"], ["--derivative", "fd"],
-                                   ["--k", 0], ["--alpha", 3], ["--cut", 1], ["--gamma", 1, 1], ["--interval", 0.2, 0.8],
-                                   ["--ema", 0, "--warmup", 0, "--decay-from", 1, "--clip", 9]])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["--correction", 0],
+        ["--correction", 1],
+        ["--derivative", "jvp"],
+        ["--derivative", "fd"],
+        ["--k", 0],
+        ["--alpha", 3],
+        ["--cut", 1],
+        ["--gamma", 1, 1],
+        ["--interval", 0.2, 0.8],
+        ["--ema", 0, "--warmup", 0, "--decay-from", 1, "--clip", 9],
+    ],
+)
 def test_every_setting_trains(work, extra):
     assert run(*SMALL, "--steps", 2, *extra) == 0
     line = json.loads(Path("out/28/metrics.jsonl").read_text().splitlines()[-1])
-    assert ("prediction" in line) == (extra != ["--correction", 1]) and ("correction" in line) == (extra != ["--correction", 0])
+    assert ("prediction" in line) == (extra != ["--correction", 1]) and ("correction" in line) == (
+        extra != ["--correction", 0]
+    )
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(work, monkeypatch):
     assert run(*SMALL, "--steps", 4, "--ckpt-every", 2, "--out", "whole") == 0
     real, calls = fmd.training_losses, []
 
-    def stop(*a):                                                # dies in step 4, after the checkpoint of step 2
+    def stop(*a):  # dies in step 4, after the checkpoint of step 2
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
@@ -552,24 +673,38 @@ def test_non_finite_stops_before_the_optimiser(work, capsys, monkeypatch):
     monkeypatch.setattr(fmd, "guided", lambda *a: real(*a) * math.nan)
     assert run(*SMALL, "--steps", 3, "--ckpt-every", 1, "--out", "o") == 1
     error = capsys.readouterr().err
-    assert "prediction is nan at step 1" in error and error.count("\n") == 1
+    assert "prediction is nan at step 2" in error and error.count("\n") == 1
     assert Path("o/ckpt.pt").read_bytes() == before
 
 
 def test_two_processes_equal_one(work):
     args = [*SMALL, "--steps", "4", "--ckpt-every", "4"]
     assert run(*args, "--out", "one") == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617", HERE / "fmd.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--master_port=29617",
+        HERE / "fmd.py",
+    ]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run([*command, *args, "--out", "two"], capture_output=True, text=True, env=env, timeout=200)
+    done = subprocess.run(
+        [*command, *args, "--out", "two"], capture_output=True, text=True, env=env, timeout=200
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     a, b = weights("one/ckpt.pt"), weights("two/ckpt.pt")
     start = fmd.relative(sit.load("teacher.pt")[0], dt=True, gw=True).state_dict()
     for k in a:
         assert torch.allclose(a[k], b[k], rtol=1e-4, atol=1e-5), k
     assert any((a[f"student.{k}"] - v).abs().max() > 1e-4 for k, v in start.items())
-    for x, y in zip(*(map(json.loads, Path(f"{d}/metrics.jsonl").read_text().splitlines()) for d in ("one", "two"))):
-        assert all(x[k] == pytest.approx(y[k], rel=1e-3) for k in ("prediction", "correction", "lambda", "grad_norm"))
+    for x, y in zip(
+        *(map(json.loads, Path(f"{d}/metrics.jsonl").read_text().splitlines()) for d in ("one", "two"))
+    ):
+        assert all(
+            x[k] == pytest.approx(y[k], rel=1e-3)
+            for k in ("prediction", "correction", "lambda", "student_grad_norm")
+        )
 
 
 def test_sampling_commands(work, capsys):
@@ -584,11 +719,26 @@ def test_sampling_commands(work, capsys):
     assert Image.open("s/samples-grid.png").size[0] > 160
     assert run(*common, "--sample", 3, "--ckpt", "o/student.pt", "--out", "few") == 0
     few = np.load("few/samples.npz")["arr_0"]
-    assert np.array_equal(few, many["arr_0"][:3])                # sample i depends on the seed and i alone
+    assert np.array_equal(few, many["arr_0"][:3])  # sample i depends on the seed and i alone
     assert run(*common, "--sample", 3, "--ckpt", "o/student.pt", "--out", "few", "--seed", 1) == 0
     assert not np.array_equal(np.load("few/samples.npz")["arr_0"], few)
     capsys.readouterr()
-    assert run(*common, "--sample", 3, "--ckpt", "o/student.pt", "--out", "few", "--guidance", 5, "--labels", "3-4") == 0
+    assert (
+        run(
+            *common,
+            "--sample",
+            3,
+            "--ckpt",
+            "o/student.pt",
+            "--out",
+            "few",
+            "--guidance",
+            5,
+            "--labels",
+            "3-4",
+        )
+        == 0
+    )
     assert np.load("few/samples.npz")["arr_1"].tolist() == [3, 4, 3]
     assert "outside the range" in capsys.readouterr().out
     for extra, nfe in ((["--solver", "euler", "--guidance", 1], 3), (["--solver", "heun"], 12)):
@@ -599,15 +749,33 @@ def test_sampling_commands(work, capsys):
 
 
 def test_rollout_command_is_the_rollout(work):
-    assert run("--teacher", "teacher.pt", "--device", "cpu", "--rollout", 2, "--rollout-steps", 5, "--guidance", 2, "--out", "r") == 0
+    assert (
+        run(
+            "--teacher",
+            "teacher.pt",
+            "--device",
+            "cpu",
+            "--rollout",
+            2,
+            "--rollout-steps",
+            5,
+            "--guidance",
+            2,
+            "--out",
+            "r",
+        )
+        == 0
+    )
     net = sit.load("teacher.pt")[0]
     x, y = fmd.noise(0, range(2), (1, 8, 8)), torch.tensor([0, 1])
     with torch.no_grad():
-        for i in range(5):                                       # Heun by hand, in SiT's own time s = 1 - t
+        for i in range(5):  # Heun by hand, in SiT's own time s = 1 - t
+
             def u(x, s):
                 s = torch.full((2,), s)
                 null = net(x, s, torch.full_like(y, 10))
                 return null + 2 * (net(x, s, y) - null)
+
             a = u(x, i / 5)
             x = x + (a + u(x + a / 5, (i + 1) / 5)) / 10
     want = (127.5 * x + 128).clamp(0, 255).permute(0, 2, 3, 1).numpy()
@@ -618,26 +786,49 @@ def test_dry_run_writes_nothing(work, capsys):
     before = sorted(Path().rglob("*"))
     assert run(*SMALL, "--dry-run") == 0
     out = capsys.readouterr().out
-    assert "r_location" in out and "M parameters" in out and "out/28" in out and sorted(Path().rglob("*")) == before
+    assert (
+        "r_location" in out
+        and "M parameters" in out
+        and "out/28" in out
+        and sorted(Path().rglob("*")) == before
+    )
 
 
 BAD = [
-    (["--res", 27], "--res 27: choose from"), (["--batch", 10], "--batch 10: .*multiple of 4"),
-    (["--steps", 0], "--steps 0: must be at least 1"), (["--gamma", 2, 1], "--gamma 2.0 1.0: give a range"),
-    (["--interval", 0.5, 2], "--interval 0.5 2.0"), (["--cut", 1.5], "--cut 1.5: must be a time"),
-    (["--derivative", "exact"], "--derivative exact: choose jvp or fd"), (["--correction", 2], "--correction 2.0"),
-    (["--alpha", 0], "--alpha 0.0: must be positive"), (["--lr", -1], "--lr -1.0"), (["--lr", "nan"], "--lr nan"),
-    (["--ema", 1], "--ema 1.0"), (["--k", -1], "--k -1.0"), (["--seed", -1], "--seed -1"), (["--r-scale", 0], "--r-scale 0.0"),
-    (["--device", "tpu"], "--device tpu"), (["--eval-samples", 1], "--eval-samples 1"), (["--log-every", 0], "--log-every 0"),
-    (["--teacher", "none.pt"], "--teacher .*none.pt: no such file"), (["--teacher", "text.pt"], "--teacher .*text.pt: not a checkpoint"),
-    (["--out", "text.pt/x"], "--out text.pt/x: cannot write there"), (["--lable", 1], "unrecognized arguments: --lable"),
-    (["--batch", "many"], "argument --batch: invalid int value: 'many'"), (["--sample", 0], "--sample 0: must be at least 1"),
+    (["--res", 27], "--res 27: choose from"),
+    (["--batch", 10], "--batch 10: .*multiple of 4"),
+    (["--steps", 0], "--steps 0: must be at least 1"),
+    (["--gamma", 2, 1], "--gamma 2.0 1.0: give a range"),
+    (["--interval", 0.5, 2], "--interval 0.5 2.0"),
+    (["--cut", 1.5], "--cut 1.5: must be a time"),
+    (["--derivative", "exact"], "--derivative exact: choose jvp or fd"),
+    (["--correction", 2], "--correction 2.0"),
+    (["--alpha", 0], "--alpha 0.0: must be positive"),
+    (["--lr", -1], "--lr -1.0"),
+    (["--lr", "nan"], "--lr nan"),
+    (["--ema", 1], "--ema 1.0"),
+    (["--k", -1], "--k -1.0"),
+    (["--seed", -1], "--seed -1"),
+    (["--r-scale", 0], "--r-scale 0.0"),
+    (["--device", "tpu"], "--device tpu"),
+    (["--eval-samples", 1], "--eval-samples 1"),
+    (["--log-every", 0], "--log-every 0"),
+    (["--teacher", "none.pt"], "--teacher .*none.pt: no such file"),
+    (["--teacher", "text.pt"], "--teacher .*text.pt: not a checkpoint"),
+    (["--out", "text.pt/x"], "--out text.pt/x: cannot write there"),
+    (["--lable", 1], "unrecognized arguments: --lable"),
+    (["--batch", "many"], "argument --batch: invalid int value: 'many'"),
+    (["--sample", 0], "--sample 0: must be at least 1"),
     (["--sample", 1, "--ckpt", "gone.pt"], "--ckpt .*gone.pt: no such file"),
     (["--sample", 1, "--ckpt", "teacher.pt"], "--ckpt teacher.pt: holds a teacher"),
-    (["--rollout", 1, "--labels", 10], "--labels 10: .* within 0 to 9"), (["--rollout", 1, "--labels", "x"], "--labels x"),
-    (["--rollout", 1, "--labels", "5-3"], "--labels 5-3"), (["--rollout", 1, "--solver", "rk4"], "--solver rk4: choose"),
-    (["--rollout", 1, "--rollout-steps", 0], "--rollout-steps 0"), (["--rollout", 1, "--sample", 1], "not both"),
-    (["--rollout", 1, "--guidance", "nan"], "--guidance nan"), (["--teacher", "odd.pt"], "convention 'edm' is none of"),
+    (["--rollout", 1, "--labels", 10], "--labels 10: .* within 0 to 9"),
+    (["--rollout", 1, "--labels", "x"], "--labels x"),
+    (["--rollout", 1, "--labels", "5-3"], "--labels 5-3"),
+    (["--rollout", 1, "--solver", "rk4"], "--solver rk4: choose"),
+    (["--rollout", 1, "--rollout-steps", 0], "--rollout-steps 0"),
+    (["--rollout", 1, "--sample", 1], "not both"),
+    (["--rollout", 1, "--guidance", "nan"], "--guidance nan"),
+    (["--teacher", "odd.pt"], "convention 'edm' is none of"),
 ]
 
 
@@ -668,13 +859,15 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
     assert path.read_bytes() == b"whole" and list(tmp_path.iterdir()) == [path]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # What is shipped
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("name", ["teacher-mnist.pt", "student-mnist.pt"])
 def test_shipped_weights_make_digits(name):
-    """No data here to compare with; but digits are white strokes on black in any case, and a wrong sign is not."""
+    """No data here to compare with; but digits are white strokes on black in any case, and a wrong sign is
+    not."""
     path = HERE / "assets" / name
     net, info = sit.load(path)
     assert path.stat().st_size < 16e6 and info["convention"] == "sit"
@@ -682,14 +875,71 @@ def test_shipped_weights_make_digits(name):
     x = fmd.generate(make, 20, 0, net.config["shape"], range(10), torch.device("cpu"))[2]
     black, white = (x < -0.8).float().mean().item(), (x > 0.5).float().mean().item()
     assert 0.6 < black < 0.9 and 0.05 < white < 0.25, (black, white)
-    assert (x[:, :, 10:18, 10:18].mean() > x[:, :, :4].mean() + 0.3)
+    assert x[:, :, 10:18, 10:18].mean() > x[:, :, :4].mean() + 0.3
 
 
 def test_readme_explains_every_flag():
     text = (HERE / "README.md").read_text()
     flags = {f"--{f.name.replace('_', '-')}" for f in fmd.dataclasses.fields(fmd.Settings)}
-    flags |= {"--sample", "--rollout", "--dry-run", "--ckpt", "--guidance", "--labels", "--solver", "--rollout-steps"}
+    flags |= {
+        "--sample",
+        "--rollout",
+        "--dry-run",
+        "--ckpt",
+        "--guidance",
+        "--labels",
+        "--solver",
+        "--rollout-steps",
+    }
     assert not [f for f in flags if f"`{f}" not in text]
     for link in re.findall(r"assets/[\w.-]+", text):
         assert (HERE / link).exists(), link
     assert (HERE / ".ci/run").read_text().count("pytest") and "python -m pytest" in text
+
+
+# -----------------------------------------------------------------------------------------------------------
+# python test_fmd.py: not a test, a benchmark. Times belong in a table, not in an assertion.
+# -----------------------------------------------------------------------------------------------------------
+
+
+def benchmark(repeats=15):
+    """The median time of each part of a training step over that of a forward without gradient on the same
+    batch, taken in turn, so that a machine that slows down slows all of them."""
+    s = fmd.Settings()
+    teacher, info = fmd.load_net(s.teacher, "--teacher", torch.device("cpu"))
+    parts, convention = fmd.build(teacher, s), info["convention"]
+    draws = [fmd.prior((1, 28, 28), 10, s, 0, part) for part in ("prediction", "correction")]
+    pred, corr = draws
+    z, y, gamma = (torch.cat([pred[name], corr[name]]) for name in ("z", "y", "gamma"))
+    delta, value = torch.cat([pred["delta"], torch.ones_like(corr["gamma"])]), torch.zeros_like(pred["z"])
+    F = fmd.student_of(parts["student"], convention, y, gamma)
+    F_pred = fmd.student_of(parts["student"], convention, pred["y"], pred["gamma"])
+    u = fmd.teacher_of(teacher, convention, y, gamma)
+    g = fmd.online_of(parts["online"], convention, corr["y"], corr["gamma"])
+    runs = {
+        "forward": torch.no_grad()(lambda: F(z, delta)),
+        "student, forward and backward": lambda: F(z, delta).mean().backward(),
+        "teacher, guided": lambda: u(z, delta),
+        "derivative, jvp": lambda: fmd.duration_derivative(F_pred, pred["z"], pred["delta"], value, "jvp"),
+        "derivative, fd": lambda: fmd.duration_derivative(F_pred, pred["z"], pred["delta"], value, "fd"),
+        "g, forward and backward": lambda: g(corr["n"], corr["r"]).mean().backward(),
+    }
+    for method in ("jvp", "fd"):
+        changed = fmd.dataclasses.replace(s, derivative=method)
+        runs[f"whole training step, {method}"] = lambda changed=changed: fmd.training_step(
+            teacher, parts, (parts["student"], parts["online"]), convention, changed, 0, draws
+        )
+    times = {name: [] for name in runs}
+    for i in range(repeats + 2):  # two rounds of warm-up
+        for name, call in runs.items():
+            clock = time.perf_counter()
+            call()
+            times[name] += [time.perf_counter() - clock] if i >= 2 else []
+    print(f"batch {s.batch}, {s.correction:.0%} correction, {torch.get_num_threads()} CPU threads, float32")
+    for name, seconds in times.items():
+        ratio = np.median(np.array(seconds) / np.array(times["forward"]))
+        print(f"{name:32}{1e3 * np.median(seconds):9.1f} ms{ratio:8.2f} forwards")
+
+
+if __name__ == "__main__":
+    benchmark()

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Train the bundled teacher: a class-conditional SiT on MNIST by flow matching (the only script here that sees data).
+"""Train the bundled teacher: a class-conditional SiT on MNIST by flow matching (the only script here that
+sees data).
 
-    python assets/train_teacher.py                        # MNIST through torchvision, written to assets/teacher-mnist.pt
-    python assets/train_teacher.py --mnist DIR            # DIR holds train-images-idx3-ubyte[.gz] and the labels
+    python assets/train_teacher.py               # MNIST through torchvision
+    python assets/train_teacher.py --mnist DIR   # DIR holds train-images-idx3-ubyte[.gz] and the labels
 """
 
 import argparse
@@ -21,7 +22,8 @@ import sit                                                                      
 
 
 def read_idx(folder, name):
-    """An IDX file of bytes, plain or gzipped, as a uint8 array: magic 0, 0, 8, ndim, then ndim big-endian sizes."""
+    """An IDX file of bytes, plain or gzipped, as a uint8 array: magic 0, 0, 8, ndim, then ndim big-endian
+    sizes."""
     path = next(p for p in (Path(folder) / name, Path(folder) / f"{name}.gz") if p.exists())
     raw = (gzip.open if path.suffix == ".gz" else open)(path, "rb").read()
     sizes = np.frombuffer(raw, ">u4", count=raw[3], offset=4).astype(int)
@@ -47,16 +49,16 @@ def main():
     parser.add_argument("--init", metavar="F", help="go on from these weights, with a fresh schedule")
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=1e-3, help="peak; linear warm-up over 200 steps, then linear to 0")
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak: 200 steps of warm-up, then down to 0")
     parser.add_argument("--size", type=int, nargs=3, default=[6, 128, 4], metavar=("DEPTH", "WIDTH", "HEADS"))
-    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast: faster where the processor has it")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast, where it is fast")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
 
     torch.manual_seed(0)
     x, y = (a.to(args.device) for a in load_mnist(args.mnist))
     depth, width, heads = args.size
-    net, ema = (sit.SiT((1, 28, 28), depth, width, heads, patch=4, classes=10).to(args.device) for _ in range(2))
+    net, ema = (sit.SiT((1, 28, 28), depth, width, heads, 4, 10).to(args.device) for _ in range(2))
     if args.init:
         net.load_state_dict(sit.load(args.init)[0].state_dict())
     ema.load_state_dict(net.state_dict())
@@ -68,9 +70,10 @@ def main():
             group["lr"] = args.lr * min((step + 1) / 200, (args.steps - step) / (args.steps - 200))
         i = torch.randint(len(x), (args.batch,), device=args.device)
         label = torch.where(torch.rand(args.batch, device=args.device) < 0.1, 10, y[i])        # 10 % learn ∅
-        n, t = torch.randn_like(x[i]), torch.rand(args.batch, device=args.device)              # t = 1 is noise
+        n, t = torch.randn_like(x[i]), torch.rand(args.batch, device=args.device)             # t = 1 is noise
         x_t = (1 - t).view(-1, 1, 1, 1) * x[i] + t.view(-1, 1, 1, 1) * n
-        # SiT's time is 1 - t. With 49 tokens plain attention beats the fused kernels (1.6 times a step in bf16 on a CPU)
+        # SiT's time is 1 - t. With 49 tokens plain attention beats the fused kernels (1.6 times a step in
+        # bf16 on a CPU)
         with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16), sdpa_kernel(SDPBackend.MATH):
             u = net(x_t, 1 - t, label)
         loss = (u.float() - (x[i] - n)).square().mean()
