@@ -14,8 +14,8 @@ Time: t = 1 IS NOISE, t = 0 IS DATA. Velocities point in the generating directio
   z          z                  prior sample, standard normal                                     (B, ...)
   y, ∅       y, null            class label, null label                                           (B,)
   γ          gamma              guidance strength; 1 is none                                      (B,)
-  t          t                  time                                                              (B,) in [0, 1]
-  δ          delta              integration duration, from the prior at t = 1 to t = 1 - δ        (B,) in [0, 1]
+  t          t                  time                                                              (B,), 0 to 1
+  δ          delta              integration duration, from the prior at t = 1 to t = 1 - δ        (B,), 0 to 1
   u(x, t)    u                  teacher's velocity dx/d(1-t); E[x0 - n | x_t] on the linear path  like x
   F(z, δ)    F                  student: average velocity over the first δ of the path            like z
   f(z, δ)    flow_map(F, z, δ)  z + δ F(z, δ): where the path is after δ; f(z, 1) is the sample   like z
@@ -35,6 +35,7 @@ Launch:
 """
 
 import argparse
+import copy
 import dataclasses
 import hashlib
 import json
@@ -468,8 +469,10 @@ def relative(teacher, **embedders):
 def build(teacher, s):
     """-> what trains, and what a checkpoint holds, by name: student, ema, online network g, two
     optimisers."""
-    parts = {"student": relative(teacher, dt=True, gw=True), "online": relative(teacher, gw=True),
-             "ema": relative(teacher, dt=True, gw=True).requires_grad_(False)}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(s.seed)                                    # the embedders' inner layers start random
+        parts = {"student": relative(teacher, dt=True, gw=True), "online": relative(teacher, gw=True)}
+    parts["ema"] = copy.deepcopy(parts["student"]).requires_grad_(False)
     for name, lr in (("student", s.lr), ("online", s.online_lr)):
         trained = [p for p in parts[name].parameters() if p.requires_grad]
         parts[f"{name}_opt"] = torch.optim.AdamW(trained, lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
@@ -654,12 +657,12 @@ def to_uint8(x):
 
 
 def picture(rows, names, header=(), zoom=2):
-    """Rows of uint8 tiles (n, H, W, C) -> a PIL image, each row with its name at the left."""
+    """Rows of uint8 tiles (n, H, W, C) -> a PIL image, each row with its name at the left, header above."""
     side, left, top = rows[0].shape[1] * zoom + 2, 8 + 7 * max(map(len, names)), 18 if header else 0
     image = Image.new("RGB", (left + len(rows[0]) * side, top + len(rows) * side), "white")
     pen = ImageDraw.Draw(image)
-    for j, text in enumerate(header):
-        pen.text((left + j * side + 4, 3), text, fill="black")
+    for j, text in enumerate(header, start=-1):                      # the first names the column of names
+        pen.text((4 if j < 0 else left + j * side + 4, 3), text, fill="black")
     for i, (row, name) in enumerate(zip(rows, names)):
         pen.text((4, top + i * side + side // 2 - 6), name, fill="black")
         for j, tile in enumerate(row):
@@ -682,8 +685,8 @@ def report(teacher, ema, convention, s, truth):
     paths = rollout(u, z, 16, "heun", path=True)[::2]                                # (9, few, C, H, W)
     with torch.no_grad():
         maps = torch.stack([flow_map(F, z, torch.full_like(gamma, d)) for d in deltas])
-    rows, names = [to_uint8(a[:, i]) for i in range(few) for a in (paths, maps)], ["teacher", "student"] * few
-    write(s.folder / "path.png", lambda f: picture(rows, names, [f"δ = {d}" for d in deltas]).save(f, "PNG"))
+    rows, names = [to_uint8(a[:, i]) for i in range(few) for a in (paths, maps)], ["teacher's path", "student's map"] * few
+    write(s.folder / "path.png", lambda f: picture(rows, names, ["duration", *map(str, deltas)]).save(f, "PNG"))
 
     print(f"\n{len(x)} samples, γ = {truth['gamma']:g}      NFE  ms/image  endpoint error  Frechet distance")
     name = f"teacher, Heun {truth['steps']}"
