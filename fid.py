@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Frechet distances between sets of feature vectors, from streamed moments (Heusel et al., arXiv
-1706.08500)."""
+"""Frechet distances between sets of feature vectors, from streamed moments (arXiv 1706.08500)."""
 
 import numpy as np
 import scipy.linalg
@@ -20,8 +19,7 @@ class Moments:
         self.outer += rows.T @ rows
 
     def mean_cov(self):
-        """-> mu (dim,), sigma (dim, dim) with denominator N - 1, as np.cov. Raises ValueError for fewer than
-        2 rows."""
+        """-> mu (dim,), sigma (dim, dim) with denominator N - 1, as np.cov. ValueError below 2 rows."""
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 rows, got {self.count}")
         mu = self.sum / self.count

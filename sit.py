@@ -31,8 +31,7 @@ SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 
 # -----------------------------------------------------------------------------------------------------------
 
 def sinusoids(t, dim=256, max_period=10000):
-    """(B,) -> (B, dim): cos(t w_k) then sin(t w_k), w_k from 1 down to 1/max_period. t is taken as it is,
-    unscaled."""
+    """(B,) -> (B, dim): cos(t w_k) then sin(t w_k), w_k from 1 down to 1/max_period. t is not scaled."""
     k = torch.arange(dim // 2, device=t.device, dtype=torch.float32)
     freqs = torch.exp(-math.log(max_period) / (dim // 2) * k)
     args = t.float()[:, None] * freqs                   # (B, dim/2)
@@ -60,8 +59,7 @@ class ScalarEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """(B,) int64 -> (B, D). Row `classes` is the null class ∅. Label dropout is the caller's business: pass
-    ∅."""
+    """(B,) int64 -> (B, D). Row `classes` is the null class ∅. For label dropout the caller passes ∅."""
 
     def __init__(self, classes, width):
         super().__init__()
@@ -117,8 +115,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """adaLN-Zero block: attention and MLP, each with a shift, a scale and a gate made from the
-    conditioning."""
+    """adaLN-Zero block: attention and MLP, with shifts, scales and gates made from the conditioning."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -237,8 +234,7 @@ def from_state_dict(state, heads=None):
     shapes; `heads` None takes it from the named size of the same depth and width.
 
     Raises ValueError, in one line: a missing or unexpected key, a wrong shape or dtype, a non-finite weight,
-    or heads that cannot be told. `projectors.*` (REPA's training heads) are dropped; everything else must
-    fit."""
+    or heads that cannot be told. `projectors.*` (REPA's training heads) are dropped, all else must fit."""
     state = {k: v for k, v in rename(state, NAMES).items() if not k.startswith("projectors.")}
     bad = [k for k, v in state.items()
            if not (torch.is_tensor(v) and v.is_floating_point() and v.isfinite().all())]
@@ -271,8 +267,7 @@ def from_state_dict(state, heads=None):
 
 
 def read_file(path):
-    """torch.load that executes nothing from the file. Raises ValueError naming the path if it cannot be
-    read."""
+    """torch.load that executes nothing from the file. Raises ValueError naming the path."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
