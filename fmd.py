@@ -2,9 +2,9 @@
 """FMD: data-free flow-map distillation, a minimal implementation of FreeFlow (Tong et al., arXiv 2511.19428).
 
 A pretrained flow model (the teacher) makes a sample by integrating its velocity from noise to data: tens to
-hundreds of network evaluations. A flow map (the student) jumps along the same path in one evaluation. We
-distil one into the other without any data: every training state is drawn from the prior or predicted by the
-student itself, so the student is only ever asked about states that its teacher really visits. Two signals do
+hundreds of network evaluations. A flow map (the student) jumps along the same path in one. We distil one into
+the other without data: every training state is drawn from the prior, where all paths start, or predicted from
+there by the student itself, so no dataset can ask the teacher about states it never visits. Two signals do
 it. *Prediction*: the student's path must move with the teacher's velocity. *Correction*: where the student's
 samples, noised again, flow differently from the teacher's distribution, push them back.
 
@@ -23,7 +23,7 @@ Time: t = 1 IS NOISE, t = 0 IS DATA. Velocities point in the generating directio
   I_r(x, n)  interpolate        (1 - r) x + r n: a sample x noised to time r with fresh noise n   like x
   v_N(x, r)  v_N, g             velocity of the flow that noises the student's own samples        like x
   Δ          residual           student's velocity minus the teacher's: v_G - u or v_N - u        like x
-  sg         .detach()          stop-gradient: a target, not a thing to move
+  sg         .detach(), no_grad  stop-gradient: Δ is a target; the loss moves F, not what F is compared with
 
 Launch:
   python fmd.py                                              distil the bundled teacher (MNIST) on a laptop
@@ -72,7 +72,7 @@ class Settings:
     res: int = setting(28, "preset, by image side in pixels: 28 (MNIST, bundled teacher)")
     teacher: str = setting("assets/teacher-mnist.pt", "teacher's weights, a file in SiT's layout")
     out: str = setting("", "output folder; empty: out/RES", free=True)
-    steps: int = setting(100_000, "optimiser steps", free=True)
+    steps: int = setting(100_000, "optimiser steps; the learning rate's schedule spans them", free=True)
     batch: int = setting(64, "samples per step, over all processes")
     correction: float = setting(0.25, "share of the batch for correction; 0, 1: one objective alone [paper]")
     k: float = setting(1.0, "exponent of the weight 1/(|Δ|²/d + ε)^k of a sample [paper: 1]")
@@ -101,7 +101,7 @@ class Settings:
         whole = math.isclose(self.batch * self.correction, self.corrected, abs_tol=1e-6)
         counts = ("steps", "batch", "log_every", "eval_every", "ckpt_every")
         rates = ("lr", "online_lr", "clip")
-        rules = [("res", self.res in PRESETS, f"choose from {sorted(PRESETS)}"),
+        rules = [("res", self.res in PRESETS, f"choose from {sorted(PRESETS)} (ImageNet is not built yet)"),
                  *((name, getattr(self, name) >= 1, "must be at least 1") for name in counts),
                  *((name, 0 < getattr(self, name) < math.inf, "must be positive") for name in rates),
                  *((name, getattr(self, name) >= 0, "must be 0 or more") for name in ("k", "warmup", "seed")),
@@ -118,7 +118,7 @@ class Settings:
                  ("derivative", self.derivative in ("jvp", "fd"), "choose jvp or fd"),
                  ("decay_from", 0 <= self.decay_from <= 1, "must be in [0, 1]"),
                  ("ema", 0 <= self.ema < 1, "must be in [0, 1)"),
-                 ("device", self.device.split(":")[0] in ("cpu", "cuda"), "choose cpu, cuda or cuda:N"),
+                 ("device", self.device == "cpu" or self.device.startswith("cuda"), "choose cpu or cuda"),
                  ("device", self.device == "cpu" or torch.cuda.is_available(), "no GPU here: use cpu")]
         for name, fine, fix in rules:
             if not fine:
@@ -139,8 +139,8 @@ def plain(value):
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-# What differs from the defaults above, by resolution [ours]. At 28, in float32 on a CPU, a finite difference is
-# as good as the JVP at a quarter of its time; the rest is what did best in ten minutes (README, "Tried").
+# What differs from the defaults above, by resolution [ours]. At 28, in float32 on a CPU, a finite difference
+# is as good as the JVP at a quarter of its time; the rest is what did best in ten minutes (README, "Tried").
 PRESETS = {28: {"derivative": "fd", "k": 0.5, "lr": 1e-3, "online_lr": 1e-3, "decay_from": 0.3, "steps": 900}}
 
 
@@ -202,7 +202,8 @@ def guided(velocity, x, t, y, gamma, null):
 @torch.no_grad()
 def rollout(u, z, steps, solver="heun", path=False):
     """Integrate dx/d(1-t) = u(x, t) from t = 1 to t = 0 on a uniform grid: Euler calls u once a step, Heun
-    twice. u(x, t) takes x (B, ...), t (B,). -> the end point (B, ...), or with path=True (steps + 1, B, ...)."""
+    twice. u(x, t) takes x (B, ...), t (B,). -> the end point (B, ...), or with path=True (steps + 1, B,
+    ...)."""
     if solver not in ("heun", "euler"):
         raise ValueError(f"solver {solver!r}: choose heun or euler")
     x, xs = z, [z]
@@ -231,7 +232,8 @@ def duration_derivative(F, z, delta, value, method="jvp", h=5e-3):
 
     jvp: forward mode, exact; the fused attention kernels have no forward derivative, so it takes the plain
     one. fd: backward difference, one evaluation, since F(z, δ) is at hand; error O(h). It wants float32:
-    bfloat16 rounds by 4e-3, as much as the step h itself."""
+    bfloat16 rounds by 4e-3, as much as the step h itself. (For δ < h it looks past 0, where δ ∂F/∂δ is
+    ~0.)"""
     if method == "fd":
         return (value - F(z, delta - h)) / h
     with sdpa_kernel(SDPBackend.MATH):
@@ -264,9 +266,10 @@ def correction(F, u, g, z, n, r):
     """Correction (paper, Eq. 10 and 11) -> F(z, 1), with gradient, Δ_N = v_N - u at noised samples, and g's
     loss.
 
-    Against Δ_N falls the KL divergence of the student's distribution from the teacher's, both noised to time
-    r. v_N has no formula: g(x, r) learns it online, by flow matching on the student's own samples, and one
-    call of g serves as v_N, detached, and for that loss. z and fresh noise n (B, ...), r (B,)."""
+    Moving samples along -Δ_N lowers the KL divergence of the student's distribution from the teacher's, both
+    noised to time r. v_N has no formula: g(x, r) learns it online, by flow matching on the student's own
+    samples, and one call of g serves as v_N, detached, and for that loss. z and fresh noise n (B, ...), r
+    (B,)."""
     average = F(z, torch.ones_like(r))                                                # (B, ...)
     x = (z + average).detach()                                                        # f(z, 1): g's data
     x_r = interpolate(x, n, r)                                                        # (B, ...)
@@ -302,7 +305,7 @@ def student_loss(average, residual_G, residual_N, k=1.0, alpha=1.0, mean=torch.m
     """A loss with the gradient of <F, sg(w Δ_G)> over prediction's rows and <F, sg(λ w Δ_N)> over
     correction's, which come second; and λ.
 
-    λ = α E|w Δ_G| / (E|w Δ_N| + ε) gives the two equal force at α = 1 [paper; after the weights: ours].
+    λ = α E|w Δ_G| / (E|w Δ_N| + ε) gives both the same mean norm at α = 1 [paper; after the weights: ours].
     `mean` must average over all processes, else λ depends on their number. One objective alone: λ = α."""
     G, N = weighted(residual_G, k), weighted(residual_N, k)
     lam = average.new_tensor(alpha)
@@ -399,12 +402,12 @@ def training_step(teacher, parts, wrapped, convention, s, step, draws, mean=torc
     for name, value in values.items():
         if not math.isfinite(value):
             raise FloatingPointError(f"{name} is {value} at step {step + 1}: stopped before the optimiser; "
-                                     f"the last good checkpoint in {s.folder} is untouched")
+                                     f"checkpoints in {s.folder} are untouched")
     for name, lr in (("student", s.lr), ("online", s.online_lr)):
         parts[f"{name}_opt"].param_groups[0]["lr"] = lr * learning_rate(step, s)
         parts[f"{name}_opt"].step()
         parts[f"{name}_opt"].zero_grad()
-    # early on a plain mean over the steps so far, until 1 - 1/n passes s.ema
+    # a short memory at first: the decay rises as 1 - 9/(10 + step), up to s.ema
     weights, averages = ([p.detach() for p in parts[name].parameters()] for name in ("student", "ema"))
     torch._foreach_lerp_(averages, weights, 1 - min(s.ema, (1 + step) / (10 + step)))
     return values
@@ -422,6 +425,10 @@ def join(s):
         raise ValueError(f"--batch {s.batch}: its {s.batch - s.corrected} samples for prediction and "
                          f"{s.corrected} for correction must both divide by the {world} processes")
     device = torch.device(f"cuda:{local}" if s.device == "cuda" else s.device)
+    if world > 1 and ":" in s.device:
+        raise ValueError(f"--device {s.device}: {world} processes need a GPU each: use --device cuda")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
@@ -464,7 +471,7 @@ def relative(teacher, **embedders):
 def build(teacher, s):
     """-> what trains, and what a checkpoint holds: student, its average ema, online network g, optimisers."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(s.seed)                                    # the embedders' inner layers start random
+        torch.manual_seed(s.seed)                                   # the embedders' inner layers start random
         parts = {"student": relative(teacher, dt=True, gw=True), "online": relative(teacher, gw=True)}
     parts["ema"] = copy.deepcopy(parts["student"]).requires_grad_(False)
     for name, lr in (("student", s.lr), ("online", s.online_lr)):
@@ -489,8 +496,9 @@ def write(path, save):
 def make_folder(folder):
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write(folder / ".probe", lambda f: None)
-        (folder / ".probe").unlink()
+        probe = folder / f".probe.{os.getpid()}"
+        write(probe, lambda f: None)
+        probe.unlink()
     except OSError as e:
         raise ValueError(f"--out {folder}: cannot write there ({e.strerror}); name another folder") from None
 
@@ -555,7 +563,7 @@ def train(s):
                 line |= compare(parts["ema"], convention, truth)[0]
             with open(s.folder / "metrics.jsonl", "a") as f:
                 f.write(json.dumps(line) + "\n")
-            left = time.strftime("%H:%M:%S", time.gmtime(seconds * (s.steps - done)))
+            left = f"{seconds * (s.steps - done) / 60:.0f} min"
             if quiet or "frechet" in line:
                 say("  ".join(f"{k} {v:.4g}" for k, v in line.items()) + f"  left {left}")
             clock, since = time.perf_counter(), done
@@ -587,13 +595,14 @@ def noise(seed, indices, shape):
 
 
 def generate(make, count, seed, shape, labels, device):
-    """Samples 0 to count - 1 by make(z, y) -> z, y, x on the CPU. Labels are taken in turn."""
-    out = []
+    """Samples 0 to count - 1 by make(z, y) -> z, y, x on the CPU, ms per sample. Labels are taken in turn."""
+    out, clock = [], time.perf_counter()
     for start in tqdm(range(0, count, CHUNK), desc="sampling", leave=False, disable=not sys.stderr.isatty()):
         i = range(start, start + CHUNK)
         z, y = noise(seed, i, shape), torch.tensor([labels[j % len(labels)] for j in i])
         out.append((z, y, make(z.to(device), y.to(device)).float().cpu()))
-    return [torch.cat(rows)[:count] for rows in zip(*out)]
+    ms = 1e3 * (time.perf_counter() - clock) / (CHUNK * len(out))
+    return *(torch.cat(rows)[:count] for rows in zip(*out)), ms
 
 
 def one_step(net, convention, gamma):
@@ -613,6 +622,11 @@ def many_steps(net, convention, gamma, steps, solver, interval=(0, 1)):
     return torch.no_grad()(make)
 
 
+def evaluations(steps, solver, gamma):
+    """Network evaluations of a rollout: Heun takes two a step, guidance doubles them."""
+    return steps * (1 + (solver == "heun")) * (1 + (gamma != 1))
+
+
 def moments(images):
     """(N, ...) -> mean and covariance of the raw pixels, in float64."""
     m = Moments(images[0].numel())
@@ -622,11 +636,10 @@ def moments(images):
 
 def reference(teacher, convention, s, device, steps=16):
     """The teacher's samples on fixed noises, at the middle of the student's range of guidance."""
-    gamma, clock = sum(s.gamma) / 2, time.perf_counter()
+    gamma = sum(s.gamma) / 2
     make = many_steps(teacher, convention, gamma, steps, "heun", s.interval)
     shape, labels = teacher.config["shape"], range(teacher.config["classes"])
-    z, y, x = generate(make, s.eval_samples, s.seed, shape, labels, device)
-    ms = 1e3 * (time.perf_counter() - clock) / len(x)
+    z, y, x, ms = generate(make, s.eval_samples, s.seed, shape, labels, device)
     return {"z": z, "y": y, "x": x, "moments": moments(x), "ms": ms,
             "gamma": gamma, "steps": steps, "seed": s.seed}
 
@@ -634,10 +647,9 @@ def reference(teacher, convention, s, device, steps=16):
 def compare(net, convention, truth):
     """A student on the reference's noises -> metrics, samples, ms per image. endpoint_error is the mean of
     |f(z, 1) - φ(z)| / |φ(z)|, φ(z) the teacher's; frechet the Frechet distance of pixels."""
-    phi, clock, device = truth["x"], time.perf_counter(), net.pos_embed.device
+    phi, device = truth["x"], net.pos_embed.device
     make = one_step(net, convention, truth["gamma"])
-    x = generate(make, len(phi), truth["seed"], phi.shape[1:], truth["y"].tolist(), device)[2]
-    ms = 1e3 * (time.perf_counter() - clock) / len(x)
+    _, _, x, ms = generate(make, len(phi), truth["seed"], phi.shape[1:], truth["y"].tolist(), device)
     error = ((x - phi).flatten(1).norm(dim=1) / phi.flatten(1).norm(dim=1)).mean().item()
     frechet = frechet_distance(*moments(x), *truth["moments"])
     return {"endpoint_error": round(error, 5), "frechet": round(frechet, 4)}, x, ms
@@ -677,12 +689,13 @@ def report(teacher, ema, convention, s, truth):
     paths = rollout(u, z, 16, "heun", path=True)[::2]                                # (9, few, C, H, W)
     with torch.no_grad():
         maps = torch.stack([flow_map(F, z, torch.full_like(gamma, d)) for d in deltas])
-    rows, names = [to_uint8(a[:, i]) for i in range(few) for a in (paths, maps)], ["teacher's path", "student's map"] * few
-    write(s.folder / "path.png", lambda f: picture(rows, names, ["duration", *map(str, deltas)]).save(f, "PNG"))
+    rows = [to_uint8(a[:, i]) for i in range(few) for a in (paths, maps)]
+    image = picture(rows, ["teacher's path", "student's map"] * few, ["duration", *map(str, deltas)])
+    write(s.folder / "path.png", lambda f: image.save(f, "PNG"))
 
     print(f"\n{len(x)} samples, γ = {truth['gamma']:g}      NFE  ms/image  endpoint error  Frechet distance")
-    name = f"teacher, Heun {truth['steps']}"
-    print(f"{name:24}{4 * truth['steps']:5}{truth['ms']:10.2f}{0:16.4f}{0:18.2f}")
+    name, nfe = f"teacher, Heun {truth['steps']}", evaluations(truth["steps"], "heun", truth["gamma"])
+    print(f"{name:24}{nfe:5}{truth['ms']:10.2f}{0:16.4f}{0:18.2f}")
     print(f"{'student':24}{1:5}{ms:10.2f}{metrics['endpoint_error']:16.4f}{metrics['frechet']:18.2f}")
     print(f"\nIn {s.folder}: student.pt  ckpt.pt  metrics.jsonl  samples.png  path.png")
     print(f"Next: python fmd.py --sample 100 --guidance 1.5 --ckpt {s.folder / 'student.pt'}")
@@ -703,13 +716,11 @@ def sample(s, args):
         path = args.ckpt or s.teacher
         net, info = load_net(path, "--ckpt" if args.ckpt else "--teacher", device)
         make = many_steps(net, info["convention"], args.guidance, args.rollout_steps, args.solver, s.interval)
-        name = "rollout"                        # Heun evaluates twice a step, and guidance doubles that
-        nfe = args.rollout_steps * (1 + (args.solver == "heun")) * (1 + (args.guidance != 1))
+        name, nfe = "rollout", evaluations(args.rollout_steps, args.solver, args.guidance)
     labels = parse_labels(args.labels, net.config["classes"])
     make_folder(s.folder)
-    clock = time.perf_counter()
-    _, y, x = generate(make, count, s.seed, net.config["shape"], labels, device)
-    ms, x = 1e3 * (time.perf_counter() - clock) / count, to_uint8(x)
+    _, y, x, ms = generate(make, count, s.seed, net.config["shape"], labels, device)
+    x = to_uint8(x)
     rows = [x[i:i + 10] for i in range(0, min(100, count), 10)]
     write(s.folder / f"{name}.npz", lambda f: np.savez(f, arr_0=x, arr_1=y.numpy()))
     write(s.folder / f"{name}-grid.png", lambda f: picture(rows, [""] * len(rows)).save(f, "PNG"))
@@ -748,8 +759,8 @@ def parse(argv):
     group.add_argument("--sample", type=int, metavar="N", help="N one-step samples of the student")
     group.add_argument("--rollout", type=int, metavar="N", help="N many-step samples of the teacher")
     group.add_argument("--dry-run", action="store_true", help="print settings, sizes and files to be written")
-    group.add_argument("--ckpt", metavar="F", help="weights (default: OUT/student.pt, else the bundled)")
-    group.add_argument("--guidance", type=float, default=1.5, metavar="γ", help="for these (default: 1.5)")
+    group.add_argument("--ckpt", metavar="F", help="their weights (default: OUT/student.pt, else bundled)")
+    group.add_argument("--guidance", type=float, default=1.5, metavar="γ", help="of these two (default: 1.5)")
     group.add_argument("--labels", default="balanced", help="balanced (default), one label or LOW-HIGH")
     group.add_argument("--solver", default="heun", help="of --rollout: heun or euler (default: heun)")
     group.add_argument("--rollout-steps", type=int, default=32, metavar="K", help="of --rollout (32)")
@@ -761,6 +772,8 @@ def parse(argv):
                for name in ("sample", "rollout", "rollout_steps")),
              ("rollout", not (args.sample and args.rollout), "give --sample or --rollout, not both"),
              ("solver", args.solver in ("heun", "euler"), "choose heun or euler"),
+             *((name, args.sample or args.rollout or vars(args)[name] == parser.get_default(name),
+                "goes with --sample or --rollout") for name in ("ckpt", "guidance", "labels", "solver")),
              ("guidance", args.guidance >= 0 and math.isfinite(args.guidance), "must be 0 or more")]
     for name, fine, fix in rules:
         if not fine:

@@ -664,7 +664,7 @@ def test_resume_refuses_other_mathematics(work, capsys):
     before = Path("o/ckpt.pt").read_bytes()
     assert run(*SMALL, "--steps", 2, "--out", "o", "--alpha", 2, "--k", 0) == 2
     error = capsys.readouterr().err
-    assert "alpha 1.0 there, 2.0 here" in error and "k 1.0 there, 0.0 here" in error and "--out" in error
+    assert "alpha 1.0 there, 2.0 here" in error and "k 0.5 there, 0.0 here" in error and "--out" in error
     assert Path("o/ckpt.pt").read_bytes() == before
 
 
@@ -830,6 +830,8 @@ BAD = [
     (["--rollout", 1, "--rollout-steps", 0], "--rollout-steps 0"),
     (["--rollout", 1, "--sample", 1], "not both"),
     (["--rollout", 1, "--guidance", "nan"], "--guidance nan"),
+    (["--guidance", 2], "--guidance 2.0: goes with --sample or --rollout"),
+    (["--ckpt", "student.pt"], "--ckpt student.pt: goes with"),
     (["--teacher", "odd.pt"], "convention 'edm' is none of"),
 ]
 
@@ -907,7 +909,7 @@ def test_readme_explains_every_flag():
 def benchmark(repeats=15):
     """The median time of each part of a training step over that of a forward without gradient on the same
     batch, taken in turn, so that a machine that slows down slows all of them."""
-    s = fmd.Settings()
+    s = fmd.Settings(**fmd.PRESETS[28])
     teacher, info = fmd.load_net(s.teacher, "--teacher", torch.device("cpu"))
     parts, convention = fmd.build(teacher, s), info["convention"]
     draws = [fmd.prior((1, 28, 28), 10, s, 0, part) for part in ("prediction", "correction")]
