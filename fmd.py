@@ -14,16 +14,16 @@ Time: t = 1 IS NOISE, t = 0 IS DATA. Velocities point in the generating directio
   z          z                  prior sample, standard normal                                     (B, ...)
   y, ∅       y, null            class label, null label                                           (B,)
   γ          gamma              guidance strength; 1 is none                                      (B,)
-  t          t                  time                                                              (B,), 0 to 1
-  δ          delta              integration duration, from the prior at t = 1 to t = 1 - δ        (B,), 0 to 1
+  t          t                  time                                                              (B,), 0..1
+  δ          delta              integration duration, from the prior at t = 1 to t = 1 - δ        (B,), 0..1
   u(x, t)    u                  teacher's velocity dx/d(1-t); E[x0 - n | x_t] on the linear path  like x
   F(z, δ)    F                  student: average velocity over the first δ of the path            like z
   f(z, δ)    flow_map(F, z, δ)  z + δ F(z, δ): where the path is after δ; f(z, 1) is the sample   like z
-  v_G        v_G                ∂f/∂δ = F + δ ∂F/∂δ: velocity at which the student generates      like z
+  v_G        v_G                ∂f/∂δ = F + δ ∂F/∂δ: velocity the student generates at            like z
   I_r(x, n)  interpolate        (1 - r) x + r n: a sample x noised to time r with fresh noise n   like x
   v_N(x, r)  v_N, g             velocity of the flow that noises the student's own samples        like x
   Δ          residual           student's velocity minus the teacher's: v_G - u or v_N - u        like x
-  sg         .detach(), no_grad  stop-gradient: Δ is a target; the loss moves F, not what F is compared with
+  sg         .detach()          stop-gradient: Δ is a target; the loss moves F, not what F is compared with
 
 Launch:
   python fmd.py                                              distil the bundled teacher (MNIST) on a laptop
@@ -140,7 +140,7 @@ def plain(value):
 
 
 # What differs from the defaults above, by resolution [ours]. At 28, in float32 on a CPU, a finite difference
-# is as good as the JVP at a quarter of its time; the rest is what did best in ten minutes (README, "Tried").
+# agrees with the JVP at a quarter of its time; for the rest see the README, "Tried".
 PRESETS = {28: {"derivative": "fd", "k": 0.5, "lr": 1e-3, "online_lr": 1e-3, "decay_from": 0.3, "steps": 900}}
 
 
@@ -190,7 +190,7 @@ def guidance_within(gamma, t, low, high):
 
 
 def guided(velocity, x, t, y, gamma, null):
-    """Classifier-free guidance u(x|∅) + γ (u(x|y) - u(x|∅)), both halves in one call of velocity(x, t, y).
+    """Classifier-free guidance u(x|∅) + γ (u(x|y) - u(x|∅)), in one call of velocity(x, t, y).
 
     x (B, ...); t, y, gamma (B,); null an int -> (B, ...). On all channels (DiT's code: only three)."""
     nulls = torch.full_like(y, null)
@@ -228,7 +228,7 @@ def flow_map(F, z, delta):
 
 @torch.no_grad()
 def duration_derivative(F, z, delta, value, method="jvp", h=5e-3):
-    """∂F/∂δ at fixed z, a partial derivative: the tangent is 1 on δ and 0 on z. value is F(z, δ). -> like z.
+    """∂F/∂δ at fixed z, partial: the tangent is 1 on δ, 0 on z. value is F(z, δ). -> like z.
 
     jvp: forward mode, exact; the fused attention kernels have no forward derivative, so it takes the plain
     one. fd: backward difference, one evaluation, since F(z, δ) is at hand; error O(h). It wants float32:
@@ -253,8 +253,8 @@ def interpolate(x, n, r):
 def prediction(F, u, z, delta, derivative=duration_derivative):
     """Prediction (paper, Eq. 7 to 9) -> F(z, δ), with gradient, and Δ_G = v_G - u(f(z, δ), 1 - δ).
 
-    A perfect student has δ F(z, δ) = ∫ u along the path; differentiated in δ, F + δ ∂F/∂δ = u(f, 1 - δ): it
-    generates at the velocity the teacher has where the *student* is. z (B, ...), delta (B,)."""
+    A perfect student has δ F(z, δ) = ∫ u along the path; differentiated, F + δ ∂F/∂δ = u(f, 1 - δ):
+    it generates at the velocity the teacher has where the *student* is. z (B, ...), delta (B,)."""
     average = F(z, delta)                                                             # (B, ...)
     with torch.no_grad():                                                             # sg: all else is target
         f = z + expand(delta, z) * average
@@ -295,7 +295,7 @@ def both(F, u, g, z, delta, n, r, derivative=duration_derivative):
 
 
 def weighted(residual, k=1.0, eps=1e-3):
-    """w Δ with w = 1 / (|Δ|²/d + ε)^k for each sample of d dimensions, so that a few large residuals do not
+    """w Δ with w = 1 / (|Δ|²/d + ε)^k for each sample of d dimensions: a few large residuals must not
     drown the rest. The paper's Table 1 finds k decisive once correction joins in. ε is ours."""
     size = residual.flatten(1).square().mean(1)                                       # (B,)  |Δ|²/d
     return residual / expand((size + eps) ** k, residual)                             # (B, ...)
@@ -305,7 +305,7 @@ def student_loss(average, residual_G, residual_N, k=1.0, alpha=1.0, mean=torch.m
     """A loss with the gradient of <F, sg(w Δ_G)> over prediction's rows and <F, sg(λ w Δ_N)> over
     correction's, which come second; and λ.
 
-    λ = α E|w Δ_G| / (E|w Δ_N| + ε) gives both the same mean norm at α = 1 [paper; after the weights: ours].
+    λ = α E|w Δ_G| / (E|w Δ_N| + ε) makes the mean norms equal at α = 1 [paper; after w: ours].
     `mean` must average over all processes, else λ depends on their number. One objective alone: λ = α."""
     G, N = weighted(residual_G, k), weighted(residual_N, k)
     lam = average.new_tensor(alpha)
@@ -337,7 +337,7 @@ def teacher_of(net, convention, y, gamma, interval=(0, 1)):
 
 
 def student_of(net, convention, y, gamma):
-    """-> F(z, δ). The network's time stays at the prior; δ and γ come in through embedders of their own."""
+    """-> F(z, δ). The network's time stays at the prior; δ and γ have embedders of their own."""
     velocity = velocity_of(net, convention)
     return lambda z, delta: velocity(z, torch.ones_like(delta), y, dt=delta, gw=gamma)
 
@@ -349,10 +349,10 @@ def online_of(net, convention, y, gamma):
 
 
 def training_losses(teacher, student, online, bare, convention, s, draws, mean=torch.mean):
-    """-> the student's loss, the loss of g (None without correction), and what to log. draws: two dicts of
-    prior().
+    """-> the student's loss, the loss of g (None without correction), and what to log.
 
-    bare is the student without its DDP wrapper, for the derivative, which needs no gradient."""
+    draws: what prior() gave for prediction and for correction. bare: the student without its DDP wrapper, for
+    the derivative, which needs no gradient."""
     pred, corr = draws
     P, C = len(pred["y"]), len(corr["y"])
     z, y, gamma = (torch.cat([pred[name], corr[name]]) for name in ("z", "y", "gamma"))
@@ -391,7 +391,7 @@ def learning_rate(step, s):
 def training_step(teacher, parts, wrapped, convention, s, step, draws, mean=torch.mean):
     """Losses, gradients, optimisers, average: one step on parts (see build) -> what to log, as floats.
 
-    Raises FloatingPointError before anything has changed if a term or a gradient is not finite."""
+    Raises FloatingPointError before a weight has changed if a term or a gradient is not finite."""
     bare = parts["student"]
     loss, online_loss, terms = training_losses(teacher, *wrapped, bare, convention, s, draws, mean)
     for name, value in (("student", loss), ("online", online_loss)):
@@ -512,7 +512,7 @@ def resume(s, parts):
     ckpt = sit.read_file(path)
     try:
         fixed = [f.name for f in dataclasses.fields(s) if not f.metadata["free"]]
-        there, here = ckpt["settings"], {**dataclasses.asdict(s)}
+        there, here = ckpt["settings"], dataclasses.asdict(s)
         differ = [f"{name} {plain(there[name])} there, {plain(here[name])} here" for name in fixed
                   if there[name] != here[name]]
         if not differ:
@@ -760,7 +760,7 @@ def parse(argv):
     group.add_argument("--rollout", type=int, metavar="N", help="N many-step samples of the teacher")
     group.add_argument("--dry-run", action="store_true", help="print settings, sizes and files to be written")
     group.add_argument("--ckpt", metavar="F", help="their weights (default: OUT/student.pt, else bundled)")
-    group.add_argument("--guidance", type=float, default=1.5, metavar="γ", help="of these two (default: 1.5)")
+    group.add_argument("--guidance", type=float, default=1.5, metavar="γ", help="of these two (1.5)")
     group.add_argument("--labels", default="balanced", help="balanced (default), one label or LOW-HIGH")
     group.add_argument("--solver", default="heun", help="of --rollout: heun or euler (default: heun)")
     group.add_argument("--rollout-steps", type=int, default=32, metavar="K", help="of --rollout (32)")
