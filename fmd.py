@@ -28,32 +28,39 @@ Time: t = 1 IS NOISE, t = 0 IS DATA. Velocities point in the generating directio
 Launch:
   python fmd.py                                              distil the bundled teacher (MNIST) on a laptop
   python fmd.py                                              again: resumes where that run stopped
-  torchrun --nproc_per_node=8 fmd.py --batch 512             many GPUs (or processes: gloo on a CPU)
+  torchrun --nproc_per_node=8 fmd.py --res 256               ImageNet, from the released SiT-XL/2
   python fmd.py --sample 100 --guidance 1.5 --labels 0-9     one-step samples
   python fmd.py --rollout 100 --solver heun                  the teacher's, in many steps
+  torchrun --nproc_per_node=8 fmd.py --res 256 --sample 50000 --eval REF.npz      and their FID
   python fmd.py --dry-run                                    settings, sizes and files, without running
 """
 
 import argparse
 import copy
+import ctypes
 import dataclasses
 import hashlib
 import json
 import math
 import os
+import re
+import signal
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as nnf
 from PIL import Image, ImageDraw
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+import fid
 import sit
-from fid import Moments, frechet_distance
+from fid import Moments, frechet_distance, write
 
 HERE = Path(__file__).resolve().parent
 
@@ -67,13 +74,20 @@ def setting(default, meaning, free=False):
     return dataclasses.field(default=default, metadata={"meaning": meaning, "free": free})
 
 
+GPU = torch.cuda.is_available()
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    res: int = setting(28, "preset, by image side in pixels: 28 (MNIST, bundled teacher)")
-    teacher: str = setting("assets/teacher-mnist.pt", "teacher's weights, a file in SiT's layout")
+    res: int = setting(28, "preset, by image side in pixels: 28 (MNIST, bundled teacher), 256, 512 (ImageNet)")
+    teacher: str = setting("assets/teacher-mnist.pt", "teacher: a file, a released name, a URL, or random")
+    model: str = setting("SiT-T/4", "size and patch of --teacher random", free=True)
+    convention: str = setting("auto", "clock and sign of the file: auto, sit or repa", free=True)
+    vae: str = setting("sd-vae-ft-ema", "decoder of latents: a file, a released name, a URL, or random", free=True)
     out: str = setting("", "output folder; empty: out/RES", free=True)
     steps: int = setting(100_000, "optimiser steps; the learning rate's schedule spans them", free=True)
-    batch: int = setting(64, "samples per step, over all processes")
+    batch: int = setting(256, "samples per step, over all processes [paper]")
+    micro_batch: int = setting(0, "samples a process takes at once, to save memory; 0: all", free=True)
     correction: float = setting(0.25, "share of the batch for correction; 0, 1: one objective alone [paper]")
     k: float = setting(1.0, "exponent of the weight 1/(|Δ|²/d + ε)^k of a sample [paper: 1]")
     alpha: float = setting(1.0, "strength α of correction against prediction [paper: 1; 0.3 to 3 work]")
@@ -83,28 +97,37 @@ class Settings:
     r_location: float = setting(0.8, "correction's r ~ LogitNormal: location [paper]")
     r_scale: float = setting(1.0, "and scale [ours]")
     derivative: str = setting("jvp", "∂F/∂δ by jvp (forward mode) or fd (finite difference)")
-    lr: float = setting(3e-4, "peak learning rate of the student, AdamW [ours]")
-    online_lr: float = setting(3e-4, "peak learning rate of g [ours]")
-    warmup: int = setting(20, "steps of linear warm-up [ours]")
-    decay_from: float = setting(0.5, "fraction of the steps after which the rates fall linearly to 0 [ours]")
+    lr: float = setting(1e-4, "peak learning rate of the student, AdamW [ours]")
+    online_lr: float = setting(1e-4, "peak learning rate of g [ours]")
+    warmup: int = setting(1000, "steps of linear warm-up [ours]")
+    decay_from: float = setting(1.0, "fraction of the steps after which the rates fall linearly to 0 [ours]")
     clip: float = setting(1.0, "gradient norm above which a network's gradient is scaled down [ours]")
-    ema: float = setting(0.995, "decay per step of the averaged student, the one that is used [ours]")
+    ema: float = setting(0.9999, "decay per step of the averaged student, the one that is used [ours]")
     seed: int = setting(0, "every random draw is keyed by (seed, step, purpose)")
-    eval_samples: int = setting(256, "noises on which student and teacher are compared", free=True)
-    log_every: int = setting(25, "steps between lines of metrics.jsonl", free=True)
-    eval_every: int = setting(500, "steps between evaluations; the last step has one too", free=True)
-    ckpt_every: int = setting(500, "steps between checkpoints; the last step has one too", free=True)
-    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda or cuda:N", free=True)
+    bf16: bool = setting(GPU, "networks compute in bfloat16; weights, losses, differences in float32")
+    compile: bool = setting(GPU, "torch.compile all but the derivative", free=True)
+    checkpointing: bool = setting(False, "recompute activations in the backward pass, to save memory", free=True)
+    eval_samples: int = setting(64, "noises on which student and teacher are compared", free=True)
+    log_every: int = setting(50, "steps between lines of metrics.jsonl", free=True)
+    eval_every: int = setting(5000, "steps between evaluations; the last step has one too", free=True)
+    ckpt_every: int = setting(1000, "steps between checkpoints; the last step has one too", free=True)
+    device: str = setting("cuda" if GPU else "cpu", "cpu, cuda or cuda:N", free=True)
 
     def __post_init__(self):
         share = next((m for m in range(1, 101) if round(m * self.correction, 9) % 1 == 0), 100)
         whole = math.isclose(self.batch * self.correction, self.corrected, abs_tol=1e-6)
         counts = ("steps", "batch", "log_every", "eval_every", "ckpt_every")
         rates = ("lr", "online_lr", "clip")
-        rules = [("res", self.res in PRESETS, f"choose from {sorted(PRESETS)} (ImageNet is not built yet)"),
+        rules = [("res", self.res in PRESETS, f"choose from {sorted(PRESETS)}"),
                  *((name, getattr(self, name) >= 1, "must be at least 1") for name in counts),
                  *((name, 0 < getattr(self, name) < math.inf, "must be positive") for name in rates),
-                 *((name, getattr(self, name) >= 0, "must be 0 or more") for name in ("k", "warmup", "seed")),
+                 *((name, getattr(self, name) >= 0, "must be 0 or more") for name in ("k", "warmup", "seed", "micro_batch")),
+                 ("model", bool(re.fullmatch(rf"SiT-({'|'.join(sit.SIZES)})/[248]", self.model)),
+                   f"give SiT-SIZE/PATCH, SIZE of {list(sit.SIZES)}, PATCH of 2, 4, 8"),
+                 ("convention", self.convention in ("auto", *CONVENTIONS), f"auto or of {list(CONVENTIONS)}"),
+                 ("micro_batch", not self.micro_batch or math.isclose(
+                     self.micro_batch * self.correction % 1, 0, abs_tol=1e-9),
+                   f"times --correction {self.correction} must be whole: try a multiple of {share}"),
                  ("eval_samples", self.eval_samples >= 2, "must be at least 2: a covariance needs two"),
                  ("correction", 0 <= self.correction <= 1, "must be in [0, 1]"),
                  ("batch", whole,
@@ -141,7 +164,13 @@ def plain(value):
 
 # What differs from the defaults above, by resolution [ours]. At 28, in float32 on a CPU, a finite difference
 # agrees with the JVP at a quarter of its time; for the rest see the README, "Tried".
-PRESETS = {28: {"derivative": "fd", "k": 0.5, "lr": 1e-3, "online_lr": 1e-3, "decay_from": 0.3, "steps": 900}}
+PRESETS = {
+    28: {"derivative": "fd", "k": 0.5, "batch": 64, "lr": 1e-3, "online_lr": 1e-3, "warmup": 20, "decay_from": 0.3,
+         "ema": 0.995, "steps": 900, "bf16": False, "compile": False, "eval_samples": 256, "log_every": 25,
+         "eval_every": 500, "ckpt_every": 500},
+    256: {"teacher": "SiT-XL/2", "model": "SiT-XL/2"},
+    512: {"teacher": "SiT-XL/2-512", "model": "SiT-XL/2", "checkpointing": True},
+}
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -227,14 +256,15 @@ def flow_map(F, z, delta):
 
 
 @torch.no_grad()
-def duration_derivative(F, z, delta, value, method="jvp", h=5e-3):
-    """∂F/∂δ at fixed z, partial: the tangent is 1 on δ, 0 on z. value is F(z, δ). -> like z.
+def duration_derivative(F, z, delta, value=None, method="jvp", h=5e-3):
+    """∂F/∂δ at fixed z, partial: the tangent is 1 on δ, 0 on z. value: F(z, δ), if at hand. -> like z.
 
     jvp: forward mode, exact; the fused attention kernels have no forward derivative, so it takes the plain
-    one. fd: backward difference, one evaluation, since F(z, δ) is at hand; error O(h). It wants float32:
-    bfloat16 rounds by 4e-3, as much as the step h itself. (For δ < h it looks past 0, where δ ∂F/∂δ is
-    ~0.)"""
+    one. fd: backward difference, one evaluation where F(z, δ) is at hand; error O(h). Both its ends want
+    float32: bfloat16 rounds by 4e-3, as much as the step h itself. (For δ < h it looks past 0, where δ ∂F/∂δ
+    is ~0.)"""
     if method == "fd":
+        value = F(z, delta) if value is None else value
         return (value - F(z, delta - h)) / h
     with sdpa_kernel(SDPBackend.MATH):
         return torch.func.jvp(lambda d: F(z, d), (delta,), (torch.ones_like(delta),))[1]
@@ -324,63 +354,96 @@ def student_loss(average, residual_G, residual_N, k=1.0, alpha=1.0, mean=torch.m
 CONVENTIONS = {"sit": (lambda t: 1 - t, 1), "repa": (lambda t: t, -1)}
 
 
-def velocity_of(net, convention):
-    """A network -> velocity(x, t, y, **embeddings) in our time and direction."""
+def velocity_of(net, convention, bf16=False):
+    """A network -> velocity(x, t, y, **embeddings) in our time and direction, as precise as x. With bf16 the
+    network computes in bfloat16; its weights, and all that is done with the velocity, stay in float32."""
     clock, sign = CONVENTIONS[convention]
-    return lambda x, t, y, **embeddings: sign * net(x, clock(t), y, **embeddings)
+
+    def velocity(x, t, y, **embeddings):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+            out = net(x, clock(t), y, **embeddings)
+        return sign * out.to(x.dtype)
+
+    return velocity
 
 
-def teacher_of(net, convention, y, gamma, interval=(0, 1)):
+def teacher_of(velocity, null, y, gamma, interval=(0, 1)):
     """-> u(x, t), guided by γ inside the interval, never differentiated."""
-    velocity, null = velocity_of(net, convention), net.config["classes"]
     return torch.no_grad()(lambda x, t: guided(velocity, x, t, y, guidance_within(gamma, t, *interval), null))
 
 
-def student_of(net, convention, y, gamma):
+def student_of(velocity, y, gamma):
     """-> F(z, δ). The network's time stays at the prior; δ and γ have embedders of their own."""
-    velocity = velocity_of(net, convention)
     return lambda z, delta: velocity(z, torch.ones_like(delta), y, dt=delta, gw=gamma)
 
 
-def online_of(net, convention, y, gamma):
+def online_of(velocity, y, gamma):
     """-> g(x, r), conditioned on y and γ as the student is, whose distribution depends on both [ours]."""
-    velocity = velocity_of(net, convention)
     return lambda x, r: velocity(x, r, y, gw=gamma)
 
 
-def training_losses(teacher, student, online, bare, convention, s, draws, mean=torch.mean):
-    """-> the student's loss, the loss of g (None without correction), and what to log.
-
-    draws: what prior() gave for prediction and for correction. bare: the student without its DDP wrapper, for
-    the derivative, which needs no gradient."""
-    pred, corr = draws
+def objectives(v, null, s, pred, corr):
+    """The objectives on draws of the prior for each -> F (B, ...), Δ_G, Δ_N and g's loss (0 without
+    correction). v: velocities of teacher, student, online, and of the student for the derivative, "bare"."""
     P, C = len(pred["y"]), len(corr["y"])
     z, y, gamma = (torch.cat([pred[name], corr[name]]) for name in ("z", "y", "gamma"))
     # guidance ends with the teacher's interval in prediction and with the cut in correction
     strength = torch.cat([guidance_within(pred["gamma"], 1 - pred["delta"], *s.interval),
                           guidance_within(corr["gamma"], corr["r"], 0.0, s.cut)])
-    F, u = student_of(student, convention, y, gamma), teacher_of(teacher, convention, y, strength)
-    g = online_of(online, convention, corr["y"], corr["gamma"])
-    F_pred = student_of(bare, convention, pred["y"], pred["gamma"])
+    F, u = student_of(v["student"], y, gamma), teacher_of(v["teacher"], null, y, strength)
+    g = online_of(v["online"], corr["y"], corr["gamma"])
+    F_pred = student_of(v["bare"], pred["y"], pred["gamma"])
 
     def derivative(_, z, delta, value):
+        # a difference needs both its ends in float32: F(z, δ) is at hand only where that was not bfloat16
+        value = None if s.bf16 else value
         return duration_derivative(F_pred, z, delta, value, s.derivative)
 
     if not C:
         average, residual_G = prediction(F, u, z, pred["delta"], derivative)
-        residual_N, online_loss = residual_G[:0], None
-    elif not P:
+        return average, residual_G, residual_G[:0], residual_G.new_zeros(())
+    if not P:
         average, residual_N, online_loss = correction(F, u, g, z, corr["n"], corr["r"])
-        residual_G = residual_N[:0]
-    else:
-        average, residual_G, residual_N, online_loss = both(
-            F, u, g, z, pred["delta"], corr["n"], corr["r"], derivative)
-    loss, lam = student_loss(average, residual_G, residual_N, s.k, s.alpha, mean)
-    terms = {"prediction": mean(residual_G.flatten(1).square().mean(1))} if P else {}
-    if C:
-        terms |= {"correction": mean(residual_N.flatten(1).square().mean(1)),
-                  "online": mean(online_loss.detach()), "lambda": lam}
-    return loss, online_loss, terms
+        return average, residual_N[:0], residual_N, online_loss
+    return both(F, u, g, z, pred["delta"], corr["n"], corr["r"], derivative)
+
+
+def batch_losses(v, null, s, draws, mean=torch.mean, hold=lambda name: nullcontext()):
+    """The losses of a whole batch, taken backward -> what to log, tensors. v, null: see objectives.
+
+    Draws of more rows than s.micro_batch go in pieces. λ needs the residuals of all of them, so they come
+    first, without the student's graph; then the loss's gradient in F is known, and goes back through the
+    student piece by piece (gradient caching, arXiv 2101.06983), at the price of one more forward.
+    hold(name): a context in which DDP does not yet average that network's gradients."""
+    rows = sum(len(part["y"]) for part in draws)
+    count = rows // (s.micro_batch or rows)
+    pieces = [[{name: a.chunk(count)[i] if len(a) else a for name, a in part.items()} for part in draws]
+              for i in range(count)]
+    first = v if count == 1 else {**v, "student": torch.no_grad()(v["bare"])}
+    found = []
+    for i, (pred, corr) in enumerate(pieces):
+        with hold("online") if i + 1 < count else nullcontext():
+            average, G, N, online_loss = objectives(first, null, s, pred, corr)
+            if len(N):
+                (online_loss / count).backward()
+        found.append((average[:len(G)], average[len(G):], G, N, online_loss.detach()[None]))
+    average_G, average_N, G, N, online_loss = map(torch.cat, zip(*found))
+    average = torch.cat([average_G, average_N])                                       # (B, ...)
+    if count > 1:
+        average.requires_grad_()
+    loss, lam = student_loss(average, G, N, s.k, s.alpha, mean)
+    loss.backward()
+    for i, (pred, corr) in enumerate(pieces if count > 1 else ()):
+        z, y, gamma = (torch.cat([pred[name], corr[name]]) for name in ("z", "y", "gamma"))
+        delta = torch.cat([pred["delta"], torch.ones_like(corr["gamma"])])
+        gradient = torch.cat([part.chunk(count)[i] for part in average.grad.split([len(G), len(N)]) if len(part)])
+        with hold("student") if i + 1 < count else nullcontext():
+            student_of(v["student"], y, gamma)(z, delta).backward(gradient)
+    terms = {"prediction": mean(G.flatten(1).square().mean(1))} if len(G) else {}
+    if len(N):
+        terms |= {"correction": mean(N.flatten(1).square().mean(1)), "online": mean(online_loss), "lambda": lam}
+    terms["here"] = (G.sum() + N.sum() + online_loss.sum()).detach()      # of this process alone: who began
+    return terms
 
 
 def learning_rate(step, s):
@@ -388,29 +451,26 @@ def learning_rate(step, s):
     return min((step + 1) / (s.warmup + 1), 1.0, (s.steps - step) / max(1.0, s.steps * (1 - s.decay_from)))
 
 
-def training_step(teacher, parts, wrapped, convention, s, step, draws, mean=torch.mean):
-    """Losses, gradients, optimisers, average: one step on parts (see build) -> what to log, as floats.
+def training_step(v, null, parts, s, step, draws, halted, mean=torch.mean, hold=lambda name: nullcontext()):
+    """Losses, gradients, optimisers, average: one step on parts (see build) -> what to log, tensors.
 
-    Raises FloatingPointError before a weight has changed if a term or a gradient is not finite."""
-    bare = parts["student"]
-    loss, online_loss, terms = training_losses(teacher, *wrapped, bare, convention, s, draws, mean)
-    for name, value in (("student", loss), ("online", online_loss)):
-        if value is not None:
-            value.backward()
-            terms[f"{name}_grad_norm"] = torch.nn.utils.clip_grad_norm_(parts[name].parameters(), s.clip)
-    values = dict(zip(terms, torch.stack(list(terms.values())).tolist()))    # the one wait for the device
-    for name, value in values.items():
-        if not math.isfinite(value):
-            raise FloatingPointError(f"{name} is {value} at step {step + 1}: stopped before the optimiser; "
-                                     f"checkpoints in {s.folder} are untouched")
+    halted, a float tensor of one element on the device, becomes 1 when a term is not finite; from then on no
+    optimiser moves a weight, and nobody has waited for the device to know it."""
+    terms = batch_losses(v, null, s, draws, mean, hold)
+    for name in ("student", "online") if "online" in terms else ("student",):
+        terms[f"{name}_grad_norm"] = torch.nn.utils.clip_grad_norm_(parts[name].parameters(), s.clip)
+    finite = torch.stack(list(terms.values())).isfinite().all()
+    halted.copy_(torch.maximum(halted, 1 - finite.float()))
     for name, lr in (("student", s.lr), ("online", s.online_lr)):
-        parts[f"{name}_opt"].param_groups[0]["lr"] = lr * learning_rate(step, s)
-        parts[f"{name}_opt"].step()
-        parts[f"{name}_opt"].zero_grad()
+        optimiser = parts[f"{name}_opt"]
+        optimiser.param_groups[0]["lr"] = lr * learning_rate(step, s)
+        optimiser.found_inf = halted        # what torch's GradScaler sets: the fused AdamW then does nothing
+        optimiser.step()
+        optimiser.zero_grad()
     # a short memory at first: the decay rises as 1 - 9/(10 + step), up to s.ema
     weights, averages = ([p.detach() for p in parts[name].parameters()] for name in ("student", "ema"))
     torch._foreach_lerp_(averages, weights, 1 - min(s.ema, (1 + step) / (10 + step)))
-    return values
+    return terms
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -418,19 +478,23 @@ def training_step(teacher, parts, wrapped, convention, s, step, draws, mean=torc
 # -----------------------------------------------------------------------------------------------------------
 
 def join(s):
-    """Join the processes torchrun started, if any -> rank, world size, device, mean over all processes."""
+    """Join the processes torchrun started, if any -> rank, world size, device, mean over all processes, and
+    anywhere(flag): whether the flag is up in any of them (told on the CPU: a GPU's queue is not waited for).
+    """
     rank, local, world = (int(os.environ.get(name, default)) for name, default in
                           (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    if s.corrected % world or (s.batch - s.corrected) % world:
-        raise ValueError(f"--batch {s.batch}: its {s.batch - s.corrected} samples for prediction and "
-                         f"{s.corrected} for correction must both divide by the {world} processes")
     device = torch.device(f"cuda:{local}" if s.device == "cuda" else s.device)
     if world > 1 and ":" in s.device:
         raise ValueError(f"--device {s.device}: {world} processes need a GPU each: use --device cuda")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # tensor cores for float32 too; a finite difference would drown in their rounding
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = s.derivative != "fd"
+    flags = None
+    if world > 1:
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        flags = dist.new_group(backend="gloo")
 
     def mean(values):
         value = values.float().mean()
@@ -438,22 +502,63 @@ def join(s):
             dist.all_reduce(value)
         return value / world
 
-    return rank, world, device, mean
+    def anywhere(flag):
+        if world == 1:
+            return flag
+        up = torch.tensor(float(flag))
+        dist.all_reduce(up, group=flags)
+        return up.item() > 0
+
+    return rank, world, device, mean, anywhere
 
 
-def load_net(path, flag, device, student=False):
-    """-> a frozen network and its file's info. Raises ValueError naming flag, file and fault."""
-    path = path if Path(path).exists() else HERE / path            # bundled files, from any working directory
+def load_net(path, flag, s, device, student=False):
+    """-> a frozen network and its file's info. path: a file, a released name, a URL, or "random". Raises
+    ValueError naming flag, path and fault."""
     try:
-        net, info = sit.load(path)
+        if str(path) == "random":
+            size, patch = s.model.removeprefix("SiT-").split("/")
+            shape, classes = ((1, 28, 28), 10) if s.res == 28 else ((4, s.res // 8, s.res // 8), 1000)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(s.seed)
+                net = sit.SiT(shape, *sit.SIZES[size], int(patch), classes, dt=student, gw=student)
+                for p in net.parameters():                     # adaLN-Zero starts at 0 and would stay there
+                    p.data.add_(0.02 * torch.randn_like(p)) if p.requires_grad else None
+            info = {"convention": "sit"}
+        else:
+            # a bundled file is found from any working directory
+            net, info = sit.load(HERE / path if (HERE / path).exists() else sit.fetch(path))
     except ValueError as e:
         raise ValueError(f"{flag} {e}") from None
+    info["convention"] = info["convention"] if s.convention == "auto" else s.convention
     if info["convention"] not in CONVENTIONS:
         raise ValueError(f"{flag} {path}: convention {info['convention']!r} is none of {sorted(CONVENTIONS)}")
     if (net.config["dt"] and net.config["gw"]) != student:
         held = "teacher (no δ and γ embedders)" if student else "student (δ and γ embedders)"
         raise ValueError(f"{flag} {path}: holds a {held}, give a {'student' if student else 'teacher'}")
     return net.to(device).eval().requires_grad_(False), info
+
+
+def load_decoder(s, device):
+    """The SD-VAE's decoder, on whose latents the networks of 256 and 512 work; None at 28."""
+    if s.res == 28:
+        return None
+    try:
+        net = sit.Decoder() if s.vae == "random" else sit.load_decoder(sit.fetch(s.vae))
+    except ValueError as e:
+        raise ValueError(f"--vae {e}") from None
+    return net.to(device).eval().requires_grad_(False)
+
+
+def rank0_first(rank, world, load):
+    """load() in process 0, then in the others: what it downloads is downloaded once."""
+    if rank > 0:
+        dist.barrier()
+    try:
+        return load()
+    finally:
+        if rank == 0 and world > 1:
+            dist.barrier()
 
 
 def relative(teacher, **embedders):
@@ -475,111 +580,234 @@ def build(teacher, s):
         parts = {"student": relative(teacher, dt=True, gw=True), "online": relative(teacher, gw=True)}
     parts["ema"] = copy.deepcopy(parts["student"]).requires_grad_(False)
     for name, lr in (("student", s.lr), ("online", s.online_lr)):
+        parts[name].checkpointing = s.checkpointing
         trained = [p for p in parts[name].parameters() if p.requires_grad]
         parts[f"{name}_opt"] = torch.optim.AdamW(trained, lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     return parts
 
 
-def write(path, save):
-    """A file whole or not at all: save(file object) into a temporary beside it, fsync, rename."""
-    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as f:
-            save(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def velocities(teacher, parts, convention, s, world=1):
+    """-> v of objectives and training_step, and hold: the networks compiled, wrapped for DDP where asked."""
+    compiled = torch.compile if s.compile else lambda net: net
+    nets = {"teacher": compiled(teacher), "student": compiled(parts["student"]),
+            "online": compiled(parts["online"]), "forward": parts["student"], "bare": parts["student"]}
+    hold = lambda name: nullcontext()                                                         # noqa: E731
+    if world > 1:                                  # gradients averaged over processes, once a step and network
+        for name in ("student", "online"):
+            nets[name] = torch.nn.parallel.DistributedDataParallel(nets[name], gradient_as_bucket_view=True)
+        hold = lambda name: nets[name].no_sync()                                              # noqa: E731
+    # the derivative needs no gradient, hence no DDP; forward mode does not go through a compiled network
+    bf16 = {name: s.bf16 and (name != "bare" or s.derivative == "jvp") for name in nets}
+    return {name: velocity_of(net, convention, bf16[name]) for name, net in nets.items()}, hold
 
 
-def make_folder(folder):
+def make_folder(folder, rank=0):
+    """Create it, see that it can be written, remove what a killed process left."""
+    if rank > 0:
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe.{os.getpid()}"
-        write(probe, lambda f: None)
-        probe.unlink()
+        for stale in folder.glob(".*.tmp"):                         # of a process that was killed as it wrote
+            stale.unlink()
+        write(folder / ".probe", lambda f: None)
+        (folder / ".probe").unlink()
     except OSError as e:
         raise ValueError(f"--out {folder}: cannot write there ({e.strerror}); name another folder") from None
 
 
-def resume(s, parts):
-    """Load s.folder/ckpt.pt into parts, if it is there -> the number of steps done."""
-    path, log = s.folder / "ckpt.pt", s.folder / "metrics.jsonl"
-    if not path.exists():
-        log.unlink(missing_ok=True)
-        return 0
+def fingerprint(net, convention):
+    """What tells one teacher from another, wherever its file lies: a digest of its weights and convention."""
+    digest = hashlib.sha256(convention.encode())
+    for name, value in sorted(net.state_dict().items()):
+        digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def save_checkpoint(s, parts, done, teacher):
+    """ckpt.pt, whole or not at all; the one before stays as ckpt.prev.pt."""
+    state = {name: part.state_dict() for name, part in parts.items()}
+    state |= {"step": done, "settings": dataclasses.asdict(s), "teacher": teacher, "format": 2}
+    new, last = s.folder / "ckpt.new.pt", s.folder / "ckpt.pt"
+    write(new, lambda f: torch.save(state, f))
+    if last.exists():
+        os.replace(last, s.folder / "ckpt.prev.pt")
+    os.replace(new, last)
+
+
+def load_checkpoint(path, parts):
+    """A checkpoint into parts -> its dict. Nothing in the file is taken on trust: names, shapes, types and
+    finiteness are what parts has, or it is refused with a ValueError."""
     ckpt = sit.read_file(path)
     try:
-        fixed = [f.name for f in dataclasses.fields(s) if not f.metadata["free"]]
-        there, here = ckpt["settings"], dataclasses.asdict(s)
-        differ = [f"{name} {plain(there[name])} there, {plain(here[name])} here" for name in fixed
-                  if there[name] != here[name]]
-        if not differ:
-            for name, part in parts.items():
-                part.load_state_dict(ckpt[name])
-        done = int(ckpt["step"])
+        for name, part in parts.items():
+            state = ckpt[name]
+            if name.endswith("_opt"):
+                state, (group,) = state["state"], part.param_groups
+                tensors = [v for moments in state.values() for v in moments.values()]
+                want = [{"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape} for p in group["params"]]
+                if state and [{k: v.shape for k, v in m.items()} for m in state.values()] != want:
+                    raise ValueError(f"{name} does not fit")
+                state = {**part.state_dict(), "state": state}
+            else:
+                tensors = state.values()
+            if not all(v.dtype == torch.float32 and v.isfinite().all() for v in tensors):
+                raise ValueError(f"{name} is not finite and float32 throughout")
+            part.load_state_dict(state)
+        if not (ckpt["format"] == 2 and isinstance(ckpt["step"], int) and ckpt["step"] >= 0):
+            raise ValueError(f"format {ckpt['format']!r}, step {ckpt['step']!r}")
+        return {**ckpt, "settings": {**ckpt["settings"], "teacher": ckpt["teacher"]}}
     except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as e:
-        raise ValueError(f"--out {s.folder}: its ckpt.pt is not of this run ({type(e).__name__}: "
-                         f"{str(e).splitlines()[0][:80]}); name another folder") from None
-    if differ:
-        raise ValueError(f"--out {s.folder}: holds a run with {'; '.join(differ)}; name another folder")
+        reason = (str(e).splitlines() or [""])[0][:80]
+        raise ValueError(f"{path}: not a checkpoint of this run ({type(e).__name__}: {reason})") from None
+
+
+def resume(s, parts, teacher, say):
+    """The newest checkpoint of s.folder that can be read, if there is any, into parts -> steps done. Raises
+    ValueError where there are only others, or where the run there had other settings."""
+    faults = []
+    for path in (s.folder / "ckpt.pt", s.folder / "ckpt.prev.pt"):
+        try:
+            ckpt = load_checkpoint(path, parts) if path.exists() else None
+        except ValueError as e:
+            faults.append(str(e))
+            continue
+        if ckpt:
+            here = {**dataclasses.asdict(s), "teacher": teacher}
+            fixed = [f.name for f in dataclasses.fields(s) if not f.metadata["free"]]
+            differ = [f"{name} {plain(ckpt['settings'].get(name))} there, {plain(here[name])} here"
+                      for name in fixed if ckpt["settings"].get(name) != here[name]]
+            if differ:
+                raise ValueError(f"--out {s.folder}: holds a run with {'; '.join(differ)}; name another folder")
+            for fault in faults:
+                say(f"{fault}; going on from {path}")
+            return ckpt["step"]
+    if faults:
+        raise ValueError(f"--out {s.folder}: {'; '.join(faults)}; name another folder")
+    return 0
+
+
+def trim(log, done):
+    """Of metrics.jsonl keep the whole lines up to a step."""
     lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done]
+    kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= done]
     write(log, lambda f: f.write("".join(kept).encode()))
-    return done
+def flops(config, s, rows):
+    """Model FLOPs of a training step on that many samples, the number the utilisation (MFU) is made with.
+
+    A forward of T tokens, width D: per block 24 T D² (qkv 6, proj 2, MLP 16) + 4 T² D (attention) + 12 D²
+    (adaLN). The step takes, in forwards: student 3 (backward counts twice), teacher 2 (guidance), on
+    prediction's share the derivative's 2 (JVP: value and tangent) or 1, on correction's share g's 3. What is
+    computed again, by checkpointing or for micro-batches, does not count."""
+    D, T = config["width"], config["shape"][1] * config["shape"][2] // config["patch"] ** 2
+    forward = config["depth"] * (24 * T * D ** 2 + 4 * T ** 2 * D + 12 * D ** 2)
+    share = s.corrected / s.batch
+    return rows * forward * (5 + (1 - share) * (2 if s.derivative == "jvp" else 1) + share * 3)
+
+
+# dense bfloat16 FLOP/s by the name torch.cuda gives the device [NVIDIA's data sheets]
+PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 
 
 def train(s):
     """The whole run: distil, evaluate, write everything under s.folder."""
-    rank, world, device, mean = join(s)
-    teacher, info = load_net(s.teacher, "--teacher", device)
-    convention, shape, classes = info["convention"], teacher.config["shape"], teacher.config["classes"]
-    make_folder(s.folder)
-    parts = build(teacher, s)
-    first = resume(s, parts)
-    wrap = torch.nn.parallel.DistributedDataParallel if world > 1 else lambda net: net
-    wrapped = wrap(parts["student"]), wrap(parts["online"])          # gradients averaged, once a step each
-    say = tqdm.write if rank == 0 else lambda text: None
+    rank, world, device, mean, anywhere = join(s)
+    if s.corrected % world or (s.batch - s.corrected) % world:
+        raise ValueError(f"--batch {s.batch}: its {s.batch - s.corrected} samples for prediction and "
+                         f"{s.corrected} for correction must both divide by the {world} processes")
+    if s.micro_batch and (s.batch // world % s.micro_batch):
+        raise ValueError(f"--micro-batch {s.micro_batch}: must divide the {s.batch // world} samples of a process")
+    (teacher, info), decoder = rank0_first(rank, world, lambda: (
+        load_net(s.teacher, "--teacher", s, device), load_decoder(s, device)))
+    convention, shape, null = info["convention"], teacher.config["shape"], teacher.config["classes"]
+    make_folder(s.folder, rank)
+    say = (lambda text: tqdm.write(text, file=sys.stdout)) if rank == 0 else lambda text: None
+    parts, identity = build(teacher, s), fingerprint(teacher, convention)
+    first = resume(s, parts, identity, say)
+    v, hold = velocities(teacher, parts, convention, s, world)
+    log = s.folder / "metrics.jsonl"
     size = sum(p.numel() for p in parts["student"].parameters()) / 1e6
     say(f"teacher {s.teacher} (convention {convention}), student of {size:.2f} M parameters, "
         f"{world} process(es) on {device.type}, steps {first} to {s.steps}")
-    truth = reference(teacher, convention, s, device) if rank == 0 else None
-    quiet = rank > 0 or not sys.stderr.isatty()                      # plain lines when piped
-    bar = tqdm(range(first, s.steps), initial=first, total=s.steps, disable=quiet)
-    clock, since = time.perf_counter(), first
-    for step in bar:
-        draws = [{name: value.to(device) for name, value in
-                  prior(shape, classes, s, step, part, rank, world).items()}
-                 for part in ("prediction", "correction")]
-        values = training_step(teacher, parts, wrapped, convention, s, step, draws, mean)
-        done = step + 1
-        last = done == s.steps
-        if rank == 0 and (done % s.log_every == 0 or done % s.eval_every == 0 or last):
-            seconds = (time.perf_counter() - clock) / (done - since)
-            line = {"step": done, **{k: round(v, 6) for k, v in values.items()},
-                    "lr": s.lr * learning_rate(step, s), "images_per_s": round(s.batch / seconds, 2)}
-            if done % s.eval_every == 0 or last:
-                line |= compare(parts["ema"], convention, truth)[0]
-            with open(s.folder / "metrics.jsonl", "a") as f:
-                f.write(json.dumps(line) + "\n")
-            left = f"{seconds * (s.steps - done) / 60:.0f} min"
-            if quiet or "frechet" in line:
-                say("  ".join(f"{k} {v:.4g}" for k, v in line.items()) + f"  left {left}")
-            clock, since = time.perf_counter(), done
-        if rank == 0 and (done % s.ckpt_every == 0 or last):
-            state = {name: part.state_dict() for name, part in parts.items()}
-            state |= {"step": done, "settings": dataclasses.asdict(s), "format": 1}
-            write(s.folder / "ckpt.pt", lambda f: torch.save(state, f))
     if rank == 0:
-        ema = parts["ema"]
-        write(s.folder / "student.pt", lambda f: torch.save(
-            {"ema": sit.released_names(ema.state_dict()), "config": ema.config, "convention": convention,
-             "gamma": list(s.gamma), "step": max(first, s.steps)}, f))
-        report(teacher, ema, convention, s, truth)
+        trim(log, first)
+        truth = reference(teacher, convention, s, device)
+    peak = next((f for name, f in PEAK.items() if device.type == "cuda"
+                 and name in torch.cuda.get_device_name(device)), None)
+
+    signals = []                                    # the first one is heeded after the step, a second at once
+    def heed(number, _):
+        signals.append(signal.Signals(number).name)
+        signal.signal(number, signal.SIG_DFL)
+    before = {number: signal.signal(number, heed) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    quiet = rank > 0 or not sys.stderr.isatty()                      # plain lines when piped
+    halted, pending = torch.zeros(1, device=device), []
+    clock, since, done, stop = time.perf_counter(), first, first, False
+    for step in tqdm(range(first, s.steps), initial=first, total=s.steps, disable=quiet):
+        draws = [to_device(prior(shape, null, s, step, part, rank, world), device)
+                 for part in ("prediction", "correction")]
+        terms = training_step(v, null, parts, s, step, draws, halted, mean, hold)
+        here = terms.pop("here")
+        pending.append(torch.stack([*terms.values(), here]))
+        done, stop = step + 1, anywhere(signals != [])
+        last = done == s.steps or stop
+        logged, evaluated, saved = (last or done % n == 0 for n in (s.log_every, s.eval_every, s.ckpt_every))
+        if not (logged or evaluated or saved or device.type == "cpu"):
+            continue
+        for ago, values in zip(range(len(pending) - 1, -1, -1), torch.stack(pending).tolist()):   # the one wait
+            *values, here = values
+            for name, value in zip(terms, values):
+                if not math.isfinite(value):
+                    began = [r for r in range(world) if anywhere(r == rank and not math.isfinite(here))]
+                    raise FloatingPointError(
+                        f"{name} is {value} at step {done - ago}{f', first on rank {began}' if began else ''}: "
+                        f"stopped before the optimiser; checkpoints in {s.folder} are untouched")
+        pending.clear()
+        if rank == 0 and (logged or evaluated):
+            seconds = (time.perf_counter() - clock) / (done - since)
+            line = {"step": done, **{k: round(value, 6) for k, value in zip(terms, values)},
+                    "lr": s.lr * learning_rate(step, s), "images_per_s": round(s.batch / seconds, 2)}
+            if peak:
+                line["mfu"] = round(flops(teacher.config, s, s.batch / world) / seconds / peak, 4)
+                line["peak_gb"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
+            if evaluated:
+                line |= compare(parts["ema"], convention, truth)[0]
+            with open(log, "a") as f:
+                f.write(json.dumps(line) + "\n")
+            if quiet or evaluated:
+                left = time.strftime("%H:%M:%S", time.gmtime(seconds * (s.steps - done)))
+                say("  ".join(f"{k} {value:.4g}" for k, value in line.items())
+                    + f"  ms/step {1e3 * seconds:.0f}  left {seconds * (s.steps - done) // 86400:.0f}d {left}")
+            clock, since = time.perf_counter(), done
+        if rank == 0 and saved:
+            save_checkpoint(s, parts, done, identity)
+        if stop:
+            break
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    if stop:
+        say(f"stopped by {signals[0] if signals else 'a signal elsewhere'} after step {done}, saved; "
+            "the same command goes on from there")
+    elif rank == 0:
+        export(s.folder / "student.pt", parts["ema"], {"convention": convention, "gamma": list(s.gamma)})
+        report(teacher, parts["ema"], convention, s, truth, decoder)
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
+
+
+def export(path, net, info=None):
+    """A student in the released layout: the names of FreeFlow's files; with info, our own file's dict around
+    it, which says the convention as well."""
+    state = sit.released_names(net.state_dict())
+    write(path, lambda f: torch.save({"ema": state, "config": net.config, **info} if info else state, f))
+
+
+def to_device(draws, device):
+    """CPU tensors to the device, without waiting for it."""
+    if device.type == "cuda":
+        draws = {name: value.pin_memory() for name, value in draws.items()}
+    return {name: value.to(device, non_blocking=True) for name, value in draws.items()}
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -594,30 +822,33 @@ def noise(seed, indices, shape):
     return torch.stack([torch.randn(*shape, generator=generator(seed, "sample", i)) for i in indices])
 
 
-def generate(make, count, seed, shape, labels, device):
-    """Samples 0 to count - 1 by make(z, y) -> z, y, x on the CPU, ms per sample. Labels are taken in turn."""
-    out, clock = [], time.perf_counter()
-    for start in tqdm(range(0, count, CHUNK), desc="sampling", leave=False, disable=not sys.stderr.isatty()):
+def generate(make, count, seed, shape, labels, device, rank=0, world=1):
+    """Samples by make(z, y), labels in turn, a chunk at a time -> yields start, z, y, x (at most CHUNK, ...).
+    Each process makes every world-th chunk."""
+    starts = range(rank * CHUNK, count, world * CHUNK)
+    for start in tqdm(starts, desc="sampling", leave=False, disable=rank > 0 or not sys.stderr.isatty()):
         i = range(start, start + CHUNK)
         z, y = noise(seed, i, shape), torch.tensor([labels[j % len(labels)] for j in i])
-        out.append((z, y, make(z.to(device), y.to(device)).float().cpu()))
-    ms = 1e3 * (time.perf_counter() - clock) / (CHUNK * len(out))
-    return *(torch.cat(rows)[:count] for rows in zip(*out)), ms
+        x = make(z.to(device), y.to(device))
+        yield start, z[:count - start], y[:count - start], x[:count - start]
 
 
 def one_step(net, convention, gamma):
     """-> make(z, y) of a student: its flow map at δ = 1, one evaluation."""
+    velocity = velocity_of(net, convention)
+
     def make(z, y):
         ones = torch.ones(len(z), device=z.device)
-        return flow_map(student_of(net, convention, y, gamma * ones), z, ones)
+        return flow_map(student_of(velocity, y, gamma * ones), z, ones)
     return torch.no_grad()(make)
 
 
-def many_steps(net, convention, gamma, steps, solver, interval=(0, 1)):
+def many_steps(net, convention, gamma, steps, solver, interval=(0, 1), bf16=False):
     """-> make(z, y) of a teacher: a rollout. At γ = 1 the null half of guidance is not computed."""
+    velocity, null = velocity_of(net, convention, bf16), net.config["classes"]
+
     def make(z, y):
-        velocity = velocity_of(net, convention)
-        u = teacher_of(net, convention, y, torch.full((len(z),), float(gamma), device=z.device), interval)
+        u = teacher_of(velocity, null, y, torch.full((len(z),), float(gamma), device=z.device), interval)
         return rollout(u if gamma != 1 else lambda x, t: velocity(x, t, y), z, steps, solver)
     return torch.no_grad()(make)
 
@@ -627,36 +858,49 @@ def evaluations(steps, solver, gamma):
     return steps * (1 + (solver == "heun")) * (1 + (gamma != 1))
 
 
-def moments(images):
-    """(N, ...) -> mean and covariance of the raw pixels, in float64."""
-    m = Moments(images[0].numel())
-    m.add(images.flatten(1).numpy())
+def moments(x):
+    """(N, C, H, W) -> mean and covariance, in float64, of the raw pixels; above 1,024 numbers a sample, where
+    few samples say little, of 8 x 8 averages."""
+    x = x.flatten(1) if x[0].numel() <= 1024 else nnf.adaptive_avg_pool2d(x, 8).flatten(1)
+    m = Moments(x.shape[1])
+    m.add(x.cpu().numpy())
     return m.mean_cov()
+
+
+def timed(make, count, seed, shape, labels, device):
+    """-> z, y, x (count, ...) on the CPU, ms per sample."""
+    clock = time.perf_counter()
+    rows = [(z, y, x.float().cpu()) for _, z, y, x in generate(make, count, seed, shape, labels, device)]
+    ms = 1e3 * (time.perf_counter() - clock) / (CHUNK * len(rows))
+    return *map(torch.cat, zip(*rows)), ms
 
 
 def reference(teacher, convention, s, device, steps=16):
     """The teacher's samples on fixed noises, at the middle of the student's range of guidance."""
     gamma = sum(s.gamma) / 2
-    make = many_steps(teacher, convention, gamma, steps, "heun", s.interval)
+    make = many_steps(teacher, convention, gamma, steps, "heun", s.interval, s.bf16)
     shape, labels = teacher.config["shape"], range(teacher.config["classes"])
-    z, y, x, ms = generate(make, s.eval_samples, s.seed, shape, labels, device)
+    z, y, x, ms = timed(make, s.eval_samples, s.seed, shape, labels, device)
     return {"z": z, "y": y, "x": x, "moments": moments(x), "ms": ms,
             "gamma": gamma, "steps": steps, "seed": s.seed}
 
 
 def compare(net, convention, truth):
     """A student on the reference's noises -> metrics, samples, ms per image. endpoint_error is the mean of
-    |f(z, 1) - φ(z)| / |φ(z)|, φ(z) the teacher's; frechet the Frechet distance of pixels."""
+    |f(z, 1) - φ(z)| / |φ(z)|, φ(z) the teacher's; frechet the Frechet distance of pixels (see moments)."""
     phi, device = truth["x"], net.pos_embed.device
     make = one_step(net, convention, truth["gamma"])
-    _, _, x, ms = generate(make, len(phi), truth["seed"], phi.shape[1:], truth["y"].tolist(), device)
+    _, _, x, ms = timed(make, len(phi), truth["seed"], phi.shape[1:], truth["y"].tolist(), device)
     error = ((x - phi).flatten(1).norm(dim=1) / phi.flatten(1).norm(dim=1)).mean().item()
     frechet = frechet_distance(*moments(x), *truth["moments"])
     return {"endpoint_error": round(error, 5), "frechet": round(frechet, 4)}, x, ms
 
 
-def to_uint8(x):
-    """(N, C, H, W) in [-1, 1] -> (N, H, W, C) uint8, by the rule of DiT, SiT and FreeFlow."""
+def to_uint8(x, decoder=None):
+    """(N, C, H, W) in [-1, 1] -> (N, H, W, C) uint8, by the rule of DiT, SiT and FreeFlow; latents go through
+    the decoder first, eight at a time."""
+    if decoder is not None:
+        x = torch.cat([decoder(part.to(next(decoder.parameters()).device)).cpu() for part in x.split(8)])
     return (127.5 * x + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
@@ -675,57 +919,86 @@ def picture(rows, names, header=(), zoom=2):
     return image
 
 
-def report(teacher, ema, convention, s, truth):
+@torch.no_grad()
+def report(teacher, ema, convention, s, truth, decoder):
     """samples.png, path.png, the closing table, and what to do next."""
     metrics, x, ms = compare(ema, convention, truth)
-    pairs = [(to_uint8(truth["x"][i:i + 10]), to_uint8(x[i:i + 10])) for i in range(0, min(20, len(x)), 10)]
+    pairs = [[to_uint8(a[i:i + 10], decoder) for a in (truth["x"], x)] for i in range(0, min(20, len(x)), 10)]
     names = [f"teacher, {truth['steps']} Heun steps", "student, 1 step"] * len(pairs)
-    write(s.folder / "samples.png", lambda f: picture([r for p in pairs for r in p], names).save(f, "PNG"))
+    zoom = 2 if pairs[0][0].shape[1] <= 64 else 1
+    image = picture([row for pair in pairs for row in pair], names, zoom=zoom)
+    write(s.folder / "samples.png", lambda f: image.save(f, "PNG"))
 
     device, few = ema.pos_embed.device, min(3, len(x))
     z, y = truth["z"][:few].to(device), truth["y"][:few].to(device)
     gamma, deltas = torch.full((few,), truth["gamma"], device=device), [i / 8 for i in range(9)]
-    u, F = teacher_of(teacher, convention, y, gamma, s.interval), student_of(ema, convention, y, gamma)
+    u = teacher_of(velocity_of(teacher, convention), teacher.config["classes"], y, gamma, s.interval)
+    F = student_of(velocity_of(ema, convention), y, gamma)
     paths = rollout(u, z, 16, "heun", path=True)[::2]                                # (9, few, C, H, W)
-    with torch.no_grad():
-        maps = torch.stack([flow_map(F, z, torch.full_like(gamma, d)) for d in deltas])
-    rows = [to_uint8(a[:, i]) for i in range(few) for a in (paths, maps)]
-    image = picture(rows, ["teacher's path", "student's map"] * few, ["duration", *map(str, deltas)])
-    write(s.folder / "path.png", lambda f: image.save(f, "PNG"))
+    maps = torch.stack([flow_map(F, z, torch.full_like(gamma, d)) for d in deltas])
+    rows = [to_uint8(a[:, i], decoder) for i in range(few) for a in (paths, maps)]
+    path = picture(rows, ["teacher's path", "student's map"] * few, ["duration", *map(str, deltas)], zoom)
+    write(s.folder / "path.png", lambda f: path.save(f, "PNG"))
 
     print(f"\n{len(x)} samples, γ = {truth['gamma']:g}      NFE  ms/image  endpoint error  Frechet distance")
     name, nfe = f"teacher, Heun {truth['steps']}", evaluations(truth["steps"], "heun", truth["gamma"])
     print(f"{name:24}{nfe:5}{truth['ms']:10.2f}{0:16.4f}{0:18.2f}")
     print(f"{'student':24}{1:5}{ms:10.2f}{metrics['endpoint_error']:16.4f}{metrics['frechet']:18.2f}")
     print(f"\nIn {s.folder}: student.pt  ckpt.pt  metrics.jsonl  samples.png  path.png")
-    print(f"Next: python fmd.py --sample 100 --guidance 1.5 --ckpt {s.folder / 'student.pt'}")
+    print(f"Next: python fmd.py --res {s.res} --sample 100 --guidance 1.5 --ckpt {s.folder / 'student.pt'}")
+
+
+def student_path(s, args):
+    """The student of --ckpt, else of the last run, else at 28 the bundled one."""
+    made = s.folder / "student.pt"
+    return args.ckpt or (made if made.exists() or s.res != 28 else "assets/student-mnist.pt")
 
 
 def sample(s, args):
-    """--sample and --rollout: N samples, of the student or of the teacher, to an ADM npz and a grid."""
-    count, device = args.sample or args.rollout, torch.device(s.device)
-    if args.sample:
-        made = s.folder / "student.pt"
-        path = args.ckpt or (made if made.exists() else "assets/student-mnist.pt")
-        net, info = load_net(path, "--ckpt", device, student=True)
-        low, high = info.get("gamma", (args.guidance, args.guidance))
-        if not low <= args.guidance <= high:
-            print(f"note: --guidance {args.guidance} is outside the range {low} to {high} this student knows")
-        make, name, nfe = one_step(net, info["convention"], args.guidance), "samples", 1
-    else:
-        path = args.ckpt or s.teacher
-        net, info = load_net(path, "--ckpt" if args.ckpt else "--teacher", device)
-        make = many_steps(net, info["convention"], args.guidance, args.rollout_steps, args.solver, s.interval)
-        name, nfe = "rollout", evaluations(args.rollout_steps, args.solver, args.guidance)
+    """--sample and --rollout: N samples, of the student or of the teacher, to an ADM npz and a grid. They are
+    collected in a file as large as they are, mapped into memory, which every process fills in places."""
+    rank, world, device, _, anywhere = join(s)
+    count, name = args.sample or args.rollout, "samples" if args.sample else "rollout"
+    path = student_path(s, args) if args.sample else args.ckpt or s.teacher
+    flag = "--ckpt" if args.sample or args.ckpt else "--teacher"
+    (net, info), decoder = rank0_first(rank, world, lambda: (
+        load_net(path, flag, s, device, student=bool(args.sample)), load_decoder(s, device)))
+    convention, shape = info["convention"], net.config["shape"]
     labels = parse_labels(args.labels, net.config["classes"])
-    make_folder(s.folder)
-    _, y, x, ms = generate(make, count, s.seed, net.config["shape"], labels, device)
-    x = to_uint8(x)
-    rows = [x[i:i + 10] for i in range(0, min(100, count), 10)]
-    write(s.folder / f"{name}.npz", lambda f: np.savez(f, arr_0=x, arr_1=y.numpy()))
-    write(s.folder / f"{name}-grid.png", lambda f: picture(rows, [""] * len(rows)).save(f, "PNG"))
-    print(f"{count} samples of {path}, {nfe} NFE, {ms:.2f} ms each")
-    print(f"In {s.folder}: {name}.npz  {name}-grid.png")
+    if args.sample:
+        low, high = info.get("gamma", (args.guidance, args.guidance))
+        if rank == 0 and not low <= args.guidance <= high:
+            print(f"note: --guidance {args.guidance} is outside the range {low} to {high} this student knows")
+        make, nfe = one_step(net, convention, args.guidance), 1
+    else:
+        make = many_steps(net, convention, args.guidance, args.rollout_steps, args.solver, s.interval, s.bf16)
+        nfe = evaluations(args.rollout_steps, args.solver, args.guidance)
+    make_folder(s.folder, rank)
+    side, channels = (shape[1], shape[0]) if decoder is None else (8 * shape[1], 3)
+    npz, raw = s.folder / f"{name}.npz", s.folder / f".{name}.npy.tmp"
+    if rank == 0:
+        np.lib.format.open_memmap(raw, "w+", np.uint8, (count, side, side, channels))
+    anywhere(False)                                                          # the others wait for the file
+    clock = time.perf_counter()
+    x = np.lib.format.open_memmap(raw, "r+")
+    for start, _, _, made in generate(make, count, s.seed, shape, labels, device, rank, world):
+        x[start:start + len(made)] = to_uint8(made, decoder)
+    x.flush()
+    anywhere(False)
+    if rank == 0:
+        ms = 1e3 * (time.perf_counter() - clock) / count
+        y = np.array([labels[i % len(labels)] for i in range(count)])
+        write(npz, lambda f: np.savez(f, arr_0=x, arr_1=y))                  # streams x from the mapped file
+        raw.unlink()
+        rows = [x[i:i + 10] for i in range(0, min(100, count), 10)]
+        write(s.folder / f"{name}-grid.png", lambda f: picture(rows, [""] * len(rows)).save(f, "PNG"))
+        print(f"{count} samples of {path}, {nfe} NFE, {ms:.2f} ms each")
+        print(f"In {s.folder}: {npz.name}  {name}-grid.png")
+    anywhere(False)
+    if args.eval:
+        fid.main([str(npz), args.eval, "--device", device.type, *(["--weights", args.inception] if args.inception else [])])
+    if world > 1:
+        dist.destroy_process_group()
 
 
 def parse_labels(text, classes):
@@ -751,30 +1024,39 @@ def parse(argv):
     parser.error = lambda message: parser.exit(2, f"fmd.py: {message}\n")
     group = parser.add_argument_group("settings")
     for f in dataclasses.fields(Settings):
-        kind = dict(nargs=2, type=float, metavar=("LOW", "HIGH")) if f.type is tuple else dict(type=f.type)
-        shown = {res: plain(preset.get(f.name, f.default)) for res, preset in PRESETS.items()}
+        kind = {tuple: dict(nargs=2, type=float, metavar=("LOW", "HIGH")),
+                bool: dict(action=argparse.BooleanOptionalAction)}.get(f.type, dict(type=f.type))
+        shown = [plain(preset.get(f.name, f.default)) for preset in PRESETS.values()]
+        shown = shown[0] if len(set(shown)) == 1 else " | ".join(shown)
         group.add_argument(f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS, **kind,
-                           help=f"{f.metadata['meaning']} (default: {shown[28]})".replace("%", "%%"))
+                           help=f"{f.metadata['meaning']} (default: {shown})".replace("%", "%%"))
     group = parser.add_argument_group("instead of training")
     group.add_argument("--sample", type=int, metavar="N", help="N one-step samples of the student")
     group.add_argument("--rollout", type=int, metavar="N", help="N many-step samples of the teacher")
     group.add_argument("--dry-run", action="store_true", help="print settings, sizes and files to be written")
+    group.add_argument("--export", metavar="F", help="write the student to F in the released layout")
     group.add_argument("--ckpt", metavar="F", help="their weights (default: OUT/student.pt, else bundled)")
-    group.add_argument("--guidance", type=float, default=1.5, metavar="γ", help="of these two (1.5)")
+    group.add_argument("--guidance", type=float, default=1.5, metavar="γ", help="of --sample, --rollout (1.5)")
     group.add_argument("--labels", default="balanced", help="balanced (default), one label or LOW-HIGH")
     group.add_argument("--solver", default="heun", help="of --rollout: heun or euler (default: heun)")
     group.add_argument("--rollout-steps", type=int, default=32, metavar="K", help="of --rollout (32)")
+    group.add_argument("--eval", metavar="REF", help="then FID, sFID, IS, P/R of the samples against REF")
+    group.add_argument("--inception", metavar="F", help="of --eval: Inception's weights, or random")
     args = parser.parse_args(argv)
     given = {f.name: vars(args)[f.name] for f in dataclasses.fields(Settings) if f.name in vars(args)}
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     s = Settings(**{**PRESETS.get(given.get("res", 28), {}), **given})
+    tasks = [name for name in ("sample", "rollout", "export", "dry_run") if vars(args)[name]]
+    used = {"ckpt": ("sample", "rollout", "export"), "guidance": ("sample", "rollout"), "eval": ("sample", "rollout"),
+            "labels": ("sample", "rollout"), "solver": ("rollout",), "rollout_steps": ("rollout",),
+            "inception": ("sample", "rollout")}
     rules = [*((name, vars(args)[name] is None or vars(args)[name] >= 1, "must be at least 1")
                for name in ("sample", "rollout", "rollout_steps")),
-             ("rollout", not (args.sample and args.rollout), "give --sample or --rollout, not both"),
+             *((tasks[0], len(tasks) == 1, f"give one of {', '.join(tasks)}") for _ in tasks[:1]),
              ("solver", args.solver in ("heun", "euler"), "choose heun or euler"),
-             *((name, args.sample or args.rollout or vars(args)[name] == parser.get_default(name),
-                "goes with --sample or --rollout") for name in ("ckpt", "guidance", "labels", "solver")),
-             ("guidance", args.guidance >= 0 and math.isfinite(args.guidance), "must be 0 or more")]
+             ("guidance", args.guidance >= 0 and math.isfinite(args.guidance), "must be 0 or more"),
+             *((name, vars(args)[name] == parser.get_default(name) or set(tasks) & set(used_by),
+                "goes with " + " or ".join(f"--{task}" for task in used_by)) for name, used_by in used.items())]
     for name, fine, fix in rules:
         if not fine:
             raise ValueError(f"--{name.replace('_', '-')} {vars(args)[name]}: {fix}")
@@ -783,7 +1065,7 @@ def parse(argv):
 
 def dry_run(s):
     """--dry-run: what a run would use and write."""
-    teacher, info = load_net(s.teacher, "--teacher", torch.device("cpu"))
+    teacher, info = load_net(s.teacher, "--teacher", s, torch.device("cpu"))
     for f in dataclasses.fields(s):
         print(f"{f.name:14} {plain(getattr(s, f.name)):26} {f.metadata['meaning']}")
     parts = build(teacher, s)
@@ -793,11 +1075,22 @@ def dry_run(s):
     print(f"would write    {s.folder}/: student.pt  ckpt.pt  metrics.jsonl  samples.png  path.png")
 
 
+def keep_freed_memory():
+    """Let glibc keep freed blocks instead of handing them back to the system: a step on the CPU, which asks
+    for the same blocks over and over, was 11 % faster (README, "What a step costs"). Elsewhere, nothing."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    for parameter in (-1, -3) if mallopt else ():                    # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+        mallopt(parameter, 2 ** 31 - 1)
+
+
 def main(argv=None):
     try:
         s, args = parse(argv)
+        keep_freed_memory()
         if args.dry_run:
             dry_run(s)
+        elif args.export:
+            export(Path(args.export), load_net(student_path(s, args), "--ckpt", s, torch.device("cpu"), student=True)[0])
         elif args.sample or args.rollout:
             sample(s, args)
         else:

@@ -402,7 +402,7 @@ def test_forward_against_a_second_writing():
 def test_jvp_of_the_network_equals_finite_difference():
     net = tiny(dt=True, gw=True).double()
     z, y = torch.randn(4, 2, 8, 8).double(), torch.arange(4)
-    F = fmd.student_of(net, "sit", y, torch.ones(4).double())
+    F = fmd.student_of(fmd.velocity_of(net, "sit"), y, torch.ones(4).double())
     delta = torch.tensor([0.1, 0.4, 0.7, 1.0]).double()
     exact = fmd.duration_derivative(F, z, delta, None)
     with torch.no_grad():
@@ -455,8 +455,9 @@ def test_embedders_start_silent_and_students_start_as_their_teacher():
     u = fmd.velocity_of(teacher, "sit")(z, o, y)
     parts = fmd.build(teacher, fmd.Settings())
     assert all(torch.equal(v, parts["ema"].state_dict()[k]) for k, v in parts["student"].state_dict().items())
-    assert torch.allclose(fmd.student_of(student, "sit", y, 1.7 * o)(z, 0.3 * o), u, atol=1e-6)
-    assert torch.allclose(fmd.online_of(fmd.relative(teacher, gw=True), "sit", y, o)(z, o), u, atol=1e-6)
+    student, online = (fmd.velocity_of(n, "sit") for n in (student, fmd.relative(teacher, gw=True)))
+    assert torch.allclose(fmd.student_of(student, y, 1.7 * o)(z, 0.3 * o), u, atol=1e-6)
+    assert torch.allclose(fmd.online_of(online, y, o)(z, o), u, atol=1e-6)
 
 
 def test_conventions_agree():
@@ -641,7 +642,7 @@ def test_every_setting_trains(work, extra):
 
 def test_interrupted_and_resumed_equals_uninterrupted(work, monkeypatch):
     assert run(*SMALL, "--steps", 4, "--ckpt-every", 2, "--out", "whole") == 0
-    real, calls = fmd.training_losses, []
+    real, calls = fmd.batch_losses, []
 
     def stop(*a):  # dies in step 4, after the checkpoint of step 2
         calls.append(1)
@@ -649,10 +650,10 @@ def test_interrupted_and_resumed_equals_uninterrupted(work, monkeypatch):
             raise KeyboardInterrupt
         return real(*a)
 
-    monkeypatch.setattr(fmd, "training_losses", stop)
+    monkeypatch.setattr(fmd, "batch_losses", stop)
     with pytest.raises(KeyboardInterrupt):
         run(*SMALL, "--steps", 4, "--ckpt-every", 2, "--out", "cut")
-    monkeypatch.setattr(fmd, "training_losses", real)
+    monkeypatch.setattr(fmd, "batch_losses", real)
     assert run(*SMALL, "--steps", 4, "--ckpt-every", 2, "--out", "cut") == 0
     a, b = weights("whole/ckpt.pt"), weights("cut/ckpt.pt")
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -858,9 +859,9 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
         raise OSError(28, "No space left on device")
 
     path = tmp_path / "a"
-    fmd.write(path, lambda f: f.write(b"whole"))
+    fid.write(path, lambda f: f.write(b"whole"))
     with pytest.raises(OSError):
-        fmd.write(path, fail)
+        fid.write(path, fail)
     assert path.read_bytes() == b"whole" and list(tmp_path.iterdir()) == [path]
 
 
@@ -877,7 +878,7 @@ def test_shipped_weights_make_digits(name):
     net, info = sit.load(path)
     assert path.stat().st_size < 16e6 and info["convention"] == "sit"
     make = fmd.one_step(net, "sit", 1.5) if "student" in name else fmd.many_steps(net, "sit", 1.5, 8, "heun")
-    x = fmd.generate(make, 20, 0, net.config["shape"], range(10), torch.device("cpu"))[2]
+    x = fmd.timed(make, 20, 0, net.config["shape"], range(10), torch.device("cpu"))[2]
     black, white = (x < -0.8).float().mean().item(), (x > 0.5).float().mean().item()
     assert 0.6 < black < 0.9 and 0.05 < white < 0.25, (black, white)
     assert x[:, :, 10:18, 10:18].mean() > x[:, :, :4].mean() + 0.3
@@ -911,16 +912,18 @@ def benchmark(repeats=15):
     """The median time of each part of a training step over that of a forward without gradient on the same
     batch, taken in turn, so that a machine that slows down slows all of them."""
     s = fmd.Settings(**fmd.PRESETS[28])
-    teacher, info = fmd.load_net(s.teacher, "--teacher", torch.device("cpu"))
-    parts, convention = fmd.build(teacher, s), info["convention"]
+    teacher, info = fmd.load_net(s.teacher, "--teacher", s, torch.device("cpu"))
+    parts = fmd.build(teacher, s)
+    v, _ = fmd.velocities(teacher, parts, info["convention"], s)
+    halted = torch.zeros(1)
     draws = [fmd.prior((1, 28, 28), 10, s, 0, part) for part in ("prediction", "correction")]
     pred, corr = draws
     z, y, gamma = (torch.cat([pred[name], corr[name]]) for name in ("z", "y", "gamma"))
     delta, value = torch.cat([pred["delta"], torch.ones_like(corr["gamma"])]), torch.zeros_like(pred["z"])
-    F = fmd.student_of(parts["student"], convention, y, gamma)
-    F_pred = fmd.student_of(parts["student"], convention, pred["y"], pred["gamma"])
-    u = fmd.teacher_of(teacher, convention, y, gamma)
-    g = fmd.online_of(parts["online"], convention, corr["y"], corr["gamma"])
+    F = fmd.student_of(v["student"], y, gamma)
+    F_pred = fmd.student_of(v["bare"], pred["y"], pred["gamma"])
+    u = fmd.teacher_of(v["teacher"], 10, y, gamma)
+    g = fmd.online_of(v["online"], corr["y"], corr["gamma"])
     runs = {
         "forward": torch.no_grad()(lambda: F(z, delta)),
         "student, forward and backward": lambda: F(z, delta).mean().backward(),
@@ -932,7 +935,7 @@ def benchmark(repeats=15):
     for method in ("jvp", "fd"):
         changed = fmd.dataclasses.replace(s, derivative=method)
         runs[f"whole training step, {method}"] = lambda changed=changed: fmd.training_step(
-            teacher, parts, (parts["student"], parts["online"]), convention, changed, 0, draws
+            v, 10, parts, changed, 0, draws, halted
         )
     times = {name: [] for name in runs}
     for i in range(repeats + 2):  # two rounds of warm-up
