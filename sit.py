@@ -20,6 +20,7 @@ import argparse
 import hashlib
 import math
 import zipfile
+from collections import OrderedDict
 from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -262,17 +263,6 @@ class PixelAttention(nn.Module):
         return x + self.to_out[0](h).mT.reshape(x.shape)                                  # (B, C, H, W)
 
 
-class Upsample(nn.Module):
-    """(B, C, H, W) -> (B, C, 2H, 2W)"""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = conv3(channels, channels)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
 class Decoder(nn.Module):
     """Latents as SiT makes them (it divides by SCALE itself) -> images, about in [-1, 1]: (B, 4, H, W) ->
     (B, 3, 8H, 8W). widths: channels by level; every level but the last doubles the side."""
@@ -280,7 +270,7 @@ class Decoder(nn.Module):
     def __init__(self, widths=VAE_WIDTHS):
         super().__init__()
         self.post_quant_conv = nn.Conv2d(4, 4, 1)
-        d = self.decoder = nn.Module()              # bare modules: only the names of the files, "decoder.…"
+        d = self.decoder = nn.Module()      # bare modules: prefixes of the parameters' names, here decoder.
         d.conv_in = conv3(4, widths[0])
         d.mid_block = nn.Module()
         d.mid_block.resnets = nn.ModuleList(ResBlock(widths[0], widths[0]) for _ in range(2))
@@ -288,7 +278,8 @@ class Decoder(nn.Module):
         d.up_blocks = nn.ModuleList(nn.Module() for _ in widths)
         for level, width, before in zip(d.up_blocks, widths, (widths[0], *widths)):
             level.resnets = nn.ModuleList(ResBlock(c, width) for c in (before, width, width))
-            level.upsamplers = nn.ModuleList([Upsample(width)] if level is not d.up_blocks[-1] else [])
+            double = OrderedDict(up=nn.Upsample(scale_factor=2), conv=conv3(width, width))
+            level.upsamplers = nn.ModuleList([nn.Sequential(double)] if level is not d.up_blocks[-1] else [])
         d.conv_norm_out, d.conv_out = group_norm(widths[-1]), conv3(widths[-1], 3)
 
     def forward(self, latents):
