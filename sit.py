@@ -413,7 +413,7 @@ def read_file(path):
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):     # SiT's train.py saves its flags
             mmap = zipfile.is_zipfile(path)
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except Exception as e:      # a damaged zip or pickle raises a dozen types; all of them mean the same here

@@ -494,7 +494,7 @@ def test_hostile_and_damaged_files_are_refused(tmp_path, monkeypatch):
         "empty": {},
         "int": {**good, "t_embedder.mlp.0.bias": torch.zeros(32, dtype=torch.long)},
         "infinite": {**good, "t_embedder.mlp.0.bias": torch.tensor([-math.inf, *31 * [0.0]])},
-        "text": {**good, "x_embedder.proj.weight": "none"},
+        "words": {**good, "x_embedder.proj.weight": "none"},
         "nothing": {**good, "y_embedder.embedding_table.weight": torch.zeros(0, 32)},
     }
     for name, content in cases.items():
@@ -502,17 +502,17 @@ def test_hostile_and_damaged_files_are_refused(tmp_path, monkeypatch):
             {"ema": content, "config": {"heads": 4}} if name not in ("list", "bomb") else content,
             f"{name}.pt",
         )
-    Path("letters.pt").write_text("hello")
+    Path("text.pt").write_text("hello")
     whole = Path("extra.pt").read_bytes()
     Path("cut.pt").write_bytes(whole[: len(whole) // 2])
     Path("pickle.pt").write_bytes(pickle.dumps(Bomb()))
-    for name in [*cases, "letters", "cut", "pickle", "nowhere"]:
+    for name in [*cases, "text", "cut", "pickle", "nowhere"]:
         with pytest.raises(ValueError, match=f"{name}.pt: ") as e:
             sit.load(f"{name}.pt")
         assert "\n" not in str(e.value)
     assert not Path("exploded").exists()
     with pytest.raises(ValueError, match="not a SiT"):
-        sit.from_state_dict(cases["text"], heads=4)
+        sit.from_state_dict(cases["words"], heads=4)
 
 
 def test_a_mapped_file_is_shared_but_never_written(tmp_path):
@@ -1067,7 +1067,7 @@ BAD = [
 
 @pytest.mark.parametrize("args, message", BAD, ids=[" ".join(map(str, a)) for a, _ in BAD])
 def test_bad_input_gets_one_line_and_exit_code_2(work, capsys, args, message):
-    Path("letters.pt").write_text("hello")
+    Path("text.pt").write_text("hello")
     torch.save({**torch.load("teacher.pt"), "convention": "edm"}, "odd.pt")
     before = sorted(Path().rglob("*"))
     try:
