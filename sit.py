@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""SiT, the transformer that teacher, student and online network share, and the layouts its weights come in.
+"""SiT, the transformer that teacher, student and online network share; the decoder that makes images of its
+latents; the files their weights come in.
 
 The network is the Scalable Interpolant Transformer (Ma et al., arXiv 2401.08740), that is DiT's (Peebles and
 Xie, arXiv 2212.09748): patches, adaLN-Zero blocks, a linear read-out. Parameter names and shapes are those of
@@ -11,11 +12,18 @@ release adds: `dt` (the integration duration δ) and `gw` (the guidance strength
 conditioning. Their last layers start at zero, so a network started from a teacher's weights starts out as
 that teacher.
 
-Letters in shape comments: B batch, C channels, H W height and width, p patch, T = HW/p² tokens, D width, E
-embedding.
+Letters in shape comments: B batch, C channels (C' after a layer that changes them), H W height and width, p
+patch, T = HW/p² tokens, D width.
 """
 
+import argparse
+import hashlib
 import math
+import zipfile
+from collections import OrderedDict
+from http.client import HTTPException
+from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 import torch.nn as nn
@@ -209,11 +217,137 @@ class SiT(nn.Module):
 
 
 # -----------------------------------------------------------------------------------------------------------
+# SD-VAE decoder: latents to pixels (Rombach et al., arXiv 2112.10752, with the weights of sd-vae-ft-ema or
+# -mse). Parameter names are those of diffusers' AutoencoderKL; its encoder is not needed here.
+# -----------------------------------------------------------------------------------------------------------
+
+SCALE = 0.18215                         # SiT's latents are the VAE's times this: about unit variance
+VAE_WIDTHS = (512, 512, 256, 128)       # channels by level, from latents to pixels
+
+
+def group_norm(channels):
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+def conv3(inputs, outputs):
+    return nn.Conv2d(inputs, outputs, kernel_size=3, padding=1)
+
+
+class ResBlock(nn.Module):
+    """(B, C, H, W) -> (B, C', H, W). The input is added, through a 1x1 convolution where C' is not C."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.norm1, self.conv1 = group_norm(inputs), conv3(inputs, outputs)
+        self.norm2, self.conv2 = group_norm(outputs), conv3(outputs, outputs)
+        self.conv_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))       # (B, C', H, W)
+        h = self.conv2(F.silu(self.norm2(h)))       # (B, C', H, W)
+        return self.conv_shortcut(x) + h            # (B, C', H, W)
+
+
+class PixelAttention(nn.Module):
+    """(B, C, H, W) -> (B, C, H, W): one head of attention among all pixels, added to the input."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.group_norm = group_norm(channels)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x):
+        h = self.group_norm(x).flatten(2).mT[:, None]                                     # (B, 1, HW, C)
+        h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))      # (B, 1, HW, C)
+        return x + self.to_out[0](h).mT.reshape(x.shape)                                  # (B, C, H, W)
+
+
+class Decoder(nn.Module):
+    """Latents as SiT makes them (it divides by SCALE itself) -> images, about in [-1, 1]: (B, 4, H, W) ->
+    (B, 3, 8H, 8W). widths: channels by level; every level but the last doubles the side."""
+
+    def __init__(self, widths=VAE_WIDTHS):
+        super().__init__()
+        self.post_quant_conv = nn.Conv2d(4, 4, 1)
+        d = self.decoder = nn.Module()      # bare modules: prefixes of the parameters' names, here decoder.
+        d.conv_in = conv3(4, widths[0])
+        d.mid_block = nn.Module()
+        d.mid_block.resnets = nn.ModuleList(ResBlock(widths[0], widths[0]) for _ in range(2))
+        d.mid_block.attentions = nn.ModuleList([PixelAttention(widths[0])])
+        d.up_blocks = nn.ModuleList(nn.Module() for _ in widths)
+        for level, width, before in zip(d.up_blocks, widths, (widths[0], *widths)):
+            level.resnets = nn.ModuleList(ResBlock(c, width) for c in (before, width, width))
+            double = OrderedDict(up=nn.Upsample(scale_factor=2), conv=conv3(width, width))
+            level.upsamplers = nn.ModuleList([nn.Sequential(double)] if level is not d.up_blocks[-1] else [])
+        d.conv_norm_out, d.conv_out = group_norm(widths[-1]), conv3(widths[-1], 3)
+
+    def forward(self, latents):
+        d = self.decoder
+        h = d.conv_in(self.post_quant_conv(latents / SCALE))                        # (B, C, H, W)
+        first, second = d.mid_block.resnets
+        h = second(d.mid_block.attentions[0](first(h)))                             # (B, C, H, W)
+        for level in d.up_blocks:
+            for block in (*level.resnets, *level.upsamplers):
+                h = block(h)                        # three times (B, C', H, W), then (B, C', 2H, 2W)
+        return d.conv_out(F.silu(d.conv_norm_out(h)))                               # (B, 3, 8H, 8W)
+
+
+# -----------------------------------------------------------------------------------------------------------
 # Files: what the released checkpoints look like, read and written
 # -----------------------------------------------------------------------------------------------------------
 
-# The FreeFlow release names the scalar embedders' MLPs `projs` where SiT's files say `mlp`.
+# For 256 x 256 pixels where the name says no side. Sources: issue 42 of SiT's repository (where its files are
+# now), REPA's utils.py, commit 88a8120 of FreeFlow's files.
+HUB = "https://huggingface.co/"
+RELEASED = {
+    "SiT-S/2": HUB + "nyu-visionx/SiT-collections/resolve/main/SiT-S-2-256.pt",
+    "SiT-B/2": HUB + "nyu-visionx/SiT-collections/resolve/main/SiT-B-2-256.pt",
+    "SiT-L/2": HUB + "nyu-visionx/SiT-collections/resolve/main/SiT-L-2-256.pt",
+    "SiT-XL/2": HUB + "nyu-visionx/SiT-collections/resolve/main/SiT-XL-2-256.pt",
+    "SiT-XL/2-512": HUB + "nyu-visionx/SiT-collections/resolve/main/SiT-XL-2-512.pt",
+    "SiT-XL/2-REPA": "https://www.dl.dropboxusercontent.com/scl/fi/cxedbs4da5ugjq5wg3zrg/last.pt"
+                     "?rlkey=8otgrdkno0nd89po3dpwngwcc&st=apcc645o&dl=0",
+    "FreeFlow-XL/2-512": HUB + "nyu-visionx/FreeFlow/resolve/main/FreeFlow_512.pt",
+    "sd-vae-ft-ema": HUB + "stabilityai/sd-vae-ft-ema/resolve/main/diffusion_pytorch_model.bin",
+    "sd-vae-ft-mse": HUB + "stabilityai/sd-vae-ft-mse/resolve/main/diffusion_pytorch_model.bin",
+}
+
+
+def fetch(source):
+    """A local path for a file's path (returned as it is), a name in RELEASED or a URL. The last two are
+    downloaded once, with a progress bar, into torch hub's cache, where they appear whole or not at all. Of
+    many processes, let one call it first. Raises ValueError, in one line with the URL and the place for the
+    file."""
+    if Path(source).is_file():
+        return Path(source)
+    url = RELEASED.get(source, str(source))
+    if "://" not in url:
+        raise ValueError(f"{source}: no such file, nor a released one ({', '.join(RELEASED)})")
+    # many files are a last.pt somewhere: kept under the name above, else with their URL's digest
+    file = Path(urlsplit(url).path)
+    digest = hashlib.sha256(url.encode()).hexdigest()[:8]
+    name = source.replace("/", "-") + file.suffix if source in RELEASED else f"{digest}-{file.name}"
+    path = Path(torch.hub.get_dir()) / "checkpoints" / name
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path))          # to a temporary beside it, then moved
+            if not zipfile.is_zipfile(path):    # torch.hub does not notice a connection that ended early
+                path.unlink()
+                raise OSError("what came is cut short or no checkpoint")
+    except (OSError, HTTPException, ValueError) as e:
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise ValueError(f"{source}: cannot download {url} ({reason}); put the file at {path}") from None
+    return path
+
+
+# The FreeFlow release names the scalar embedders' MLPs `projs` where SiT's files say `mlp`; the first SD-VAE
+# files name the attention's maps as below, where diffusers now says to_q, to_k, to_v and to_out.0.
 NAMES = [(f"{e}_embedder.projs.", f"{e}_embedder.mlp.") for e in ("t", "dt", "gw")]
+ATTENTION = "decoder.mid_block.attentions.0."
+OLD_NAMES = [(f"{ATTENTION}{old}.", f"{ATTENTION}{new}.") for old, new in
+             (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))]
 
 
 def rename(state, pairs):
@@ -229,24 +363,38 @@ def released_names(state):
     return rename(state, [(ours, theirs) for theirs, ours in NAMES]) if student else dict(state)
 
 
+def fill(net, state):
+    """`net`, built on the meta device, with these weights, in float32 and on the device of `state`. Raises
+    ValueError, in one line: missing or unexpected keys, a wrong shape or dtype, a non-finite weight."""
+    want = net.state_dict()
+    missing, unexpected = sorted(want.keys() - state.keys()), sorted(state.keys() - want.keys())
+    kinds = [k for k, v in state.items() if not (torch.is_tensor(v) and v.is_floating_point())]
+    shapes = [f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}" for k, v in want.items()
+              if k in state and k not in kinds and state[k].shape != v.shape]
+    if missing or unexpected or kinds or shapes:
+        raise ValueError(f"weights do not fit: missing {missing[:3]}, unexpected {unexpected[:3]}, "
+                         f"not floating point {kinds[:3]}, shapes {shapes[:3]}")
+    state = {k: v.float() for k, v in state.items()}
+    # aminmax takes a sixth of the time of isfinite().all(): 0.2 s for XL/2 on two cores
+    bad = [k for k, v in state.items() if not (v.numel() and torch.stack(v.aminmax()).isfinite().all())]
+    if bad:
+        raise ValueError(f"not finite: {bad[0]} (and {len(bad) - 1} more)")
+    net.load_state_dict(state, assign=True)
+    return net
+
+
 def from_state_dict(state, heads=None):
     """A SiT with these weights (names of SiT or FreeFlow). Everything but the number of heads is read off the
-    shapes; `heads` None takes it from the named size of the same depth and width.
-
-    Raises ValueError, in one line: a missing or unexpected key, a wrong shape or dtype, a non-finite weight,
-    or heads that cannot be told. `projectors.*` (REPA's training heads) are dropped, all else must fit."""
+    shapes; `heads` None takes it from the named size of the same depth and width. `projectors.*` (REPA's
+    training heads) are dropped, all else must fit: ValueError as `fill` says, or if heads cannot be told."""
     state = {k: v for k, v in rename(state, NAMES).items() if not k.startswith("projectors.")}
-    bad = [k for k, v in state.items()
-           if not (torch.is_tensor(v) and v.is_floating_point() and v.isfinite().all())]
-    if bad:
-        raise ValueError(f"not a finite floating point tensor: {bad[0]} (and {len(bad) - 1} more)")
     try:
         width, channels, patch, _ = state["x_embedder.proj.weight"].shape
         side = math.isqrt(state["pos_embed"].shape[1]) * patch
         depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
         classes = len(state["y_embedder.embedding_table.weight"]) - 1
         outputs = len(state["final_layer.linear.weight"]) // patch ** 2
-    except (KeyError, ValueError, IndexError, ZeroDivisionError, TypeError) as e:
+    except (KeyError, ValueError, IndexError, ZeroDivisionError, TypeError, AttributeError) as e:
         raise ValueError(f"not a SiT: its tensors lack or misshape what tells the size ({e})") from None
     heads = heads or next((h for d, w, h in SIZES.values() if (d, w) == (depth, width)), None)
     if heads is None or width % heads or width % 4 or depth > 1000:
@@ -254,22 +402,18 @@ def from_state_dict(state, heads=None):
     with torch.device("meta"):                                   # shapes only: the weights come from the file
         net = SiT((channels, side, side), depth, width, heads, patch, classes, outputs == 2 * channels,
                   dt="dt_embedder.mlp.0.weight" in state, gw="gw_embedder.mlp.0.weight" in state)
-    want = net.state_dict()
-    missing, unexpected = sorted(want.keys() - state.keys()), sorted(state.keys() - want.keys())
-    shapes = [f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}" for k, v in want.items()
-              if k in state and state[k].shape != v.shape]
-    if missing or unexpected or shapes:
-        raise ValueError(f"weights do not fit: missing {missing[:3]}, unexpected {unexpected[:3]}, "
-                         f"shapes {shapes[:3]}")
-    net.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
-    net.pos_embed.requires_grad_(False)
-    return net
+    return fill(net, state)
 
 
 def read_file(path):
-    """torch.load that executes nothing from the file. Raises ValueError naming the path."""
+    """torch.load that executes nothing from the file. Tensors are mapped, not copied, where the format
+    allows: what is not used is not read, and processes share the rest. Raises ValueError naming the path."""
+    if Path(path).suffix == ".safetensors":
+        raise ValueError(f"{path}: safetensors files are not read: take the .bin or .pt of the same release")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):     # SiT's train.py saves its flags
+            mmap = zipfile.is_zipfile(path)
+            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except Exception as e:      # a damaged zip or pickle raises a dozen types; all of them mean the same here
@@ -297,5 +441,22 @@ def load(path, heads=None):
             raise ValueError(f"config says heads = {heads!r}")
         info = {k: v for k, v in file.items() if k != "ema"} if state is not file else {}
         return from_state_dict(state, heads), {"convention": "repa" if repa else "sit", **info}
+    except (ValueError, AttributeError) as e:
+        raise ValueError(f"{path}: {e}") from None
+
+
+def load_decoder(path, widths=VAE_WIDTHS):
+    """The Decoder from a file of diffusers' AutoencoderKL, a dict of tensors (.bin or .pt), whose `encoder.*`
+    and `quant_conv.*` are dropped; all else must fit. Raises ValueError naming the path and the fault."""
+    file = read_file(path)
+    try:
+        state = {k: v for k, v in rename(file, OLD_NAMES).items()
+                 if not k.startswith(("encoder.", "quant_conv."))}
+        for k, v in state.items():        # older still: the attention's linear maps are 1x1 convolutions
+            if k.startswith(ATTENTION) and v.shape[2:] == (1, 1):
+                state[k] = v.flatten(1)
+        with torch.device("meta"):
+            net = Decoder(widths)
+        return fill(net, state)
     except (ValueError, AttributeError) as e:
         raise ValueError(f"{path}: {e}") from None

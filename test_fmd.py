@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Tests of fmd.py, sit.py and fid.py: closed forms, not snapshots. No GPU, no network, no clock."""
 
+import argparse
+import http.client
 import json
 import math
 import os
@@ -9,6 +11,7 @@ import re
 import subprocess
 import sys
 import time
+import urllib.error
 from pathlib import Path
 
 import numpy as np
@@ -491,6 +494,9 @@ def test_hostile_and_damaged_files_are_refused(tmp_path, monkeypatch):
         "nan": {**good, "t_embedder.mlp.0.bias": torch.full((32,), math.nan)},
         "empty": {},
         "int": {**good, "t_embedder.mlp.0.bias": torch.zeros(32, dtype=torch.long)},
+        "infinite": {**good, "t_embedder.mlp.0.bias": torch.tensor([-math.inf, *31 * [0.0]])},
+        "words": {**good, "x_embedder.proj.weight": "none"},
+        "nothing": {**good, "y_embedder.embedding_table.weight": torch.zeros(0, 32)},
     }
     for name, content in cases.items():
         torch.save(
@@ -506,6 +512,228 @@ def test_hostile_and_damaged_files_are_refused(tmp_path, monkeypatch):
             sit.load(f"{name}.pt")
         assert "\n" not in str(e.value)
     assert not Path("exploded").exists()
+    with pytest.raises(ValueError, match="not a SiT"):
+        sit.from_state_dict(cases["words"], heads=4)
+
+
+def test_a_mapped_file_is_shared_but_never_written(tmp_path):
+    """Weights come mapped from the file (SiT's train.py adds its flags); training moves them in memory."""
+    net, path = tiny(learn_sigma=True), tmp_path / "train.pt"
+    torch.save({"ema": net.state_dict(), "args": argparse.Namespace(model="SiT-XL/2")}, path)
+    before = path.read_bytes()
+    again, info = sit.load(path, heads=4)
+    assert info == {"convention": "sit", "args": argparse.Namespace(model="SiT-XL/2")}
+    assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in net.parameters()]
+    with torch.no_grad():
+        for p in again.parameters():
+            p.add_(1)
+    assert path.read_bytes() == before and torch.equal(again.pos_embed, net.pos_embed + 1)
+
+
+def test_student_has_the_keys_and_shapes_of_the_released_file():
+    """XL/2 at 512, key by key. The released FreeFlow_512.pt has 2,717,071,257 bytes: these weights, 4 bytes
+    each, and 93 kB of names."""
+    depth, D, heads = sit.SIZES["XL"]
+    with torch.device("meta"):
+        ours = sit.SiT((4, 64, 64), depth, D, heads, 2, 1000, dt=True, gw=True).state_dict()
+    table = {"pos_embed": (1, 1024, D), "y_embedder.embedding_table.weight": (1001, D)}
+
+    def add(name, *shape):
+        table[f"{name}.weight"], table[f"{name}.bias"] = shape, shape[:1]
+
+    add("x_embedder.proj", D, 4, 2, 2)
+    for e in ("t", "dt", "gw"):
+        add(f"{e}_embedder.projs.0", D, 256)
+        add(f"{e}_embedder.projs.2", D, D)
+    for i in range(depth):
+        add(f"blocks.{i}.attn.qkv", 3 * D, D)
+        add(f"blocks.{i}.attn.proj", D, D)
+        add(f"blocks.{i}.mlp.fc1", 4 * D, D)
+        add(f"blocks.{i}.mlp.fc2", D, 4 * D)
+        add(f"blocks.{i}.adaLN_modulation.1", 6 * D, D)
+    add("final_layer.linear", 16, D)
+    add("final_layer.adaLN_modulation.1", 2 * D, D)
+    released = sit.released_names(ours)
+    assert {k: tuple(v.shape) for k, v in released.items()} == table
+    assert sum(v.numel() for v in released.values()) == 679_244_560
+    back = sit.rename(released, sit.NAMES)
+    assert list(back) == list(ours) and all(back[k] is ours[k] for k in ours)
+
+
+WIDTHS = (64, 32, 64)  # a narrowing level, a widening one, and one group of one channel
+
+
+def small_decoder():
+    torch.manual_seed(0)
+    net = sit.Decoder(WIDTHS)
+    for p in net.parameters():
+        p.data.add_(0.1 * torch.randn_like(p))
+    return net
+
+
+def test_decoder_against_a_second_writing():
+    """The whole decoder from its state dict alone, in plain functions of float64."""
+    net = small_decoder().double()
+    w = net.state_dict()
+    z = 0.2 * torch.randn(2, 4, 3, 5).double()  # not square: rows and columns differ
+
+    def conv(x, name):
+        kernel = w[f"{name}.weight"]
+        B, C, H, W = x.shape
+        columns = nnf.unfold(x, kernel.shape[-1], padding=kernel.shape[-1] // 2)
+        return (kernel.flatten(1) @ columns + w[f"{name}.bias"][:, None]).view(B, -1, H, W)
+
+    def norm(x, name):
+        groups = x.view(len(x), 32, -1)
+        scaled = groups - groups.mean(-1, keepdim=True)
+        scaled = scaled / (scaled.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        return scaled.view_as(x) * w[f"{name}.weight"][:, None, None] + w[f"{name}.bias"][:, None, None]
+
+    def silu(x):
+        return x / (1 + torch.exp(-x))
+
+    def resnet(x, name):
+        h = conv(silu(norm(x, f"{name}.norm1")), f"{name}.conv1")
+        h = conv(silu(norm(h, f"{name}.norm2")), f"{name}.conv2")
+        return h + (conv(x, f"{name}.conv_shortcut") if f"{name}.conv_shortcut.bias" in w else x)
+
+    def attention(x, name):
+        h = norm(x, f"{name}.group_norm").flatten(2)  # (B, C, HW)
+        q, k, v, out = (
+            (w[f"{name}.{m}.weight"], w[f"{name}.{m}.bias"][:, None])
+            for m in ("to_q", "to_k", "to_v", "to_out.0")
+        )
+        score = (q[0] @ h + q[1]).transpose(1, 2) @ (k[0] @ h + k[1]) / math.sqrt(x.shape[1])
+        h = (v[0] @ h + v[1]) @ score.softmax(-1).transpose(1, 2)
+        return x + (out[0] @ h + out[1]).view_as(x)
+
+    h = conv(conv(z / 0.18215, "post_quant_conv"), "decoder.conv_in")
+    h = resnet(h, "decoder.mid_block.resnets.0")
+    h = attention(h, "decoder.mid_block.attentions.0")
+    h = resnet(h, "decoder.mid_block.resnets.1")
+    for i in range(3):
+        for j in range(3):
+            h = resnet(h, f"decoder.up_blocks.{i}.resnets.{j}")
+        if i < 2:
+            h = h.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+            h = conv(h, f"decoder.up_blocks.{i}.upsamplers.0.conv")
+    want = conv(silu(norm(h, "decoder.conv_norm_out")), "decoder.conv_out")
+    got = net(z)
+    assert got.shape == (2, 3, 12, 20) and want.abs().max() > 0.1
+    assert (got - want).abs().max() < 1e-10 * want.abs().max()
+
+
+def test_decoder_has_the_keys_and_shapes_of_the_released_file():
+    table = {}
+
+    def add(name, *shape):
+        table[f"{name}.weight"], table[f"{name}.bias"] = shape, shape[:1]
+
+    def resnet(name, inputs, outputs):
+        add(f"{name}.norm1", inputs)
+        add(f"{name}.conv1", outputs, inputs, 3, 3)
+        add(f"{name}.norm2", outputs)
+        add(f"{name}.conv2", outputs, outputs, 3, 3)
+        if inputs != outputs:
+            add(f"{name}.conv_shortcut", outputs, inputs, 1, 1)
+
+    add("post_quant_conv", 4, 4, 1, 1)
+    add("decoder.conv_in", 512, 4, 3, 3)
+    for j in range(2):
+        resnet(f"decoder.mid_block.resnets.{j}", 512, 512)
+    add("decoder.mid_block.attentions.0.group_norm", 512)
+    for m in ("to_q", "to_k", "to_v", "to_out.0"):
+        add(f"decoder.mid_block.attentions.0.{m}", 512, 512)
+    for i, (before, width) in enumerate([(512, 512), (512, 512), (512, 256), (256, 128)]):
+        for j in range(3):
+            resnet(f"decoder.up_blocks.{i}.resnets.{j}", before if j == 0 else width, width)
+        if i < 3:
+            add(f"decoder.up_blocks.{i}.upsamplers.0.conv", width, width, 3, 3)
+    add("decoder.conv_norm_out", 128)
+    add("decoder.conv_out", 3, 128, 3, 3)
+    with torch.device("meta"):
+        net = sit.Decoder()
+    assert {k: tuple(v.shape) for k, v in net.state_dict().items()} == table
+    assert sum(p.numel() for p in net.parameters()) == 49_490_199  # diffusers' count
+
+
+def test_decoder_files_old_and_new(tmp_path):
+    net = small_decoder()
+    path, state, z = tmp_path / "vae.bin", net.state_dict(), torch.randn(1, 4, 4, 4)
+    older = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    old = dict(state)
+    for new, name in older.items():
+        for kind in ("weight", "bias"):
+            value = old.pop(f"decoder.mid_block.attentions.0.{new}.{kind}")
+            old[f"decoder.mid_block.attentions.0.{name}.{kind}"] = value
+    assert old.keys() != state.keys()
+    convs = {k: v[..., None, None] if "attentions.0." in k and v.ndim == 2 else v for k, v in old.items()}
+    extra = {"encoder.conv_in.weight": torch.zeros(3), "quant_conv.bias": torch.zeros(8)}
+    for content in (state, old, convs, {**state, **extra}):
+        for zipped in (True, False):
+            torch.save(content, path, _use_new_zipfile_serialization=zipped)
+            assert torch.equal(sit.load_decoder(path, WIDTHS)(z), net(z))
+    key = "decoder.up_blocks.1.resnets.2.conv1.weight"
+    refused = {
+        r"missing \['decoder.conv_in.bias'\]": {k: v for k, v in state.items() if "conv_in.b" not in k},
+        r"unexpected \['encoders.x'\]": {**state, "encoders.x": torch.zeros(1)},
+        r"unexpected \['loss.scale'\]": {**state, "loss.scale": torch.zeros(1)},
+        rf"shapes \['{key} \(1, 1\) for \(32, 32, 3, 3\)'\]": {**state, key: torch.zeros(1, 1)},
+        rf"not floating point \['{key}'\]": {**state, key: state[key].long()},
+        f"not finite: {key}": {**state, key: state[key] + torch.tensor([math.inf, 0, 0])},
+        "'list' object has no attribute": [state],
+        "has no attribute 'shape'": {**state, "decoder.mid_block.attentions.0.to_q.weight": "none"},
+    }
+    for message, content in refused.items():
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=message) as e:
+            sit.load_decoder(path, WIDTHS)
+        assert str(e.value).startswith(f"{path}: ") and "\n" not in str(e.value)
+    with pytest.raises(ValueError, match="vae.safetensors: safetensors files are not read"):
+        sit.load_decoder(tmp_path / "vae.safetensors")
+
+
+def test_fetch(tmp_path, monkeypatch):
+    """A path as it is, a URL once, a released name by its own name; no network here but file:// URLs."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    cache = tmp_path / "hub" / "checkpoints"
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        torch.save({folder: torch.ones(3)}, tmp_path / folder / "last.pt")
+    urls = [(tmp_path / folder / "last.pt").as_uri() for folder in "ab"]
+    assert sit.fetch(tmp_path / "a" / "last.pt") == tmp_path / "a" / "last.pt" and not cache.exists()
+    first, second = (sit.fetch(url) for url in urls)
+    assert first != second and list(torch.load(first)) == ["a"] and list(torch.load(second)) == ["b"]
+    assert first.parent == cache and first.name.endswith("-last.pt") and len(list(cache.iterdir())) == 2
+
+    calls = []
+
+    def offline(url, path):
+        calls.append((url, path))
+        cut = http.client.IncompleteRead(b"")
+        raise cut if url.endswith("dl=0") else urllib.error.URLError("Name or service\nnot known")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    assert sit.fetch(urls[0]) == first and not calls
+    for name, url in sit.RELEASED.items():
+        with pytest.raises(ValueError, match=re.escape(f"{name}: cannot download {url} (")) as e:
+            sit.fetch(name)
+        assert calls[-1][0] == url and str(e.value).endswith(f"); put the file at {calls[-1][1]}")
+        assert "\n" not in str(e.value)
+    assert len({path for _, path in calls}) == len(sit.RELEASED)
+    assert calls[list(sit.RELEASED).index("SiT-XL/2-REPA")][1] == str(cache / "SiT-XL-2-REPA.pt")
+    torch.save({"c": torch.ones(3)}, cache / "SiT-XL-2-REPA.pt")  # put there by hand
+    assert sit.fetch("SiT-XL/2-REPA") == cache / "SiT-XL-2-REPA.pt"
+
+    def cut_short(url, path):
+        Path(path).write_bytes(first.read_bytes()[:-40])
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", cut_short)
+    with pytest.raises(ValueError, match="SiT-S/2: .* cut short"):
+        sit.fetch("SiT-S/2")
+    assert not (cache / "SiT-S-2.pt").exists()
+    with pytest.raises(ValueError, match="SiT-M/2: no such file, nor a released one .SiT-S/2, "):
+        sit.fetch("SiT-M/2")
 
 
 # -----------------------------------------------------------------------------------------------------------
