@@ -454,7 +454,7 @@ def learning_rate(step, s):
 def training_step(v, null, parts, s, step, draws, halted, mean=torch.mean, hold=lambda name: nullcontext()):
     """Losses, gradients, optimisers, average: one step on parts (see build) -> what to log, tensors.
 
-    halted, a float tensor of one element on the device, becomes 1 when a term is not finite; from then on no
+    halted, a float tensor of no dimensions on the device, becomes 1 when a term is not finite; from then on no
     optimiser moves a weight, and nobody has waited for the device to know it."""
     terms = batch_losses(v, null, s, draws, mean, hold)
     for name in ("student", "online") if "online" in terms else ("student",):
@@ -741,7 +741,7 @@ def train(s):
     before = {number: signal.signal(number, heed) for number in (signal.SIGTERM, signal.SIGINT)}
 
     quiet = rank > 0 or not sys.stderr.isatty()                      # plain lines when piped
-    halted, pending = torch.zeros(1, device=device), []
+    halted, pending = torch.zeros((), device=device), []
     clock, since, done, stop = time.perf_counter(), first, first, False
     for step in tqdm(range(first, s.steps), initial=first, total=s.steps, disable=quiet):
         draws = [to_device(prior(shape, null, s, step, part, rank, world), device)
@@ -1052,7 +1052,7 @@ def parse(argv):
             "inception": ("sample", "rollout")}
     rules = [*((name, vars(args)[name] is None or vars(args)[name] >= 1, "must be at least 1")
                for name in ("sample", "rollout", "rollout_steps")),
-             *((tasks[0], len(tasks) == 1, f"give one of {', '.join(tasks)}") for _ in tasks[:1]),
+             *((tasks[0], len(tasks) == 1, "not both: give one of " + ", ".join(f"--{task}" for task in tasks)) for _ in tasks[:1]),
              ("solver", args.solver in ("heun", "euler"), "choose heun or euler"),
              ("guidance", args.guidance >= 0 and math.isfinite(args.guidance), "must be 0 or more"),
              *((name, vars(args)[name] == parser.get_default(name) or set(tasks) & set(used_by),

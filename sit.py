@@ -28,6 +28,7 @@ from urllib.parse import urlsplit
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 # Named sizes (depth, width, heads) of DiT and SiT; "SiT-XL/2" is size XL with patch 2. T is ours: the bundled
 # teacher.
@@ -173,6 +174,7 @@ class SiT(nn.Module):
         self.gw_embedder = ScalarEmbedder(width) if gw else None
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.final_layer = FinalLayer(width, patch * patch * channels * (1 + learn_sigma))
+        self.checkpointing = False          # True: save memory, run each block again in the backward pass
         self.initialize()
 
     def initialize(self):
@@ -202,8 +204,9 @@ class SiT(nn.Module):
         if self.gw_embedder is not None:
             c = c + self.gw_embedder(gw)                        # (B, D)
         h = self.x_embedder(x) + self.pos_embed                 # (B, T, D)
-        for block in self.blocks:
-            h = block(h, c)                                     # (B, T, D)
+        recompute = self.checkpointing and torch.is_grad_enabled()
+        for block in self.blocks:                               # (B, T, D)
+            h = checkpoint(block, h, c, use_reentrant=False) if recompute else block(h, c)
         h = self.final_layer(h, c)                              # (B, T, p*p*C')
         h = self.unpatchify(h)                                  # (B, C', H, W)
         return h[:, :self.config["shape"][0]]                   # (B, C, H, W)
