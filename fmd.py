@@ -814,7 +814,9 @@ def to_device(draws, device):
 # 8. Sampling, evaluation, pictures
 # -----------------------------------------------------------------------------------------------------------
 
-CHUNK = 64    # samples are always computed 64 at a time: sample i is the same to the bit, however many follow
+def chunk(shape):
+    """Samples computed at a time, always: so sample i is the same to the bit, however many follow it."""
+    return 64 if math.prod(shape) <= 1024 else 16
 
 
 def noise(seed, indices, shape):
@@ -823,11 +825,12 @@ def noise(seed, indices, shape):
 
 
 def generate(make, count, seed, shape, labels, device, rank=0, world=1):
-    """Samples by make(z, y), labels in turn, a chunk at a time -> yields start, z, y, x (at most CHUNK, ...).
-    Each process makes every world-th chunk."""
-    starts = range(rank * CHUNK, count, world * CHUNK)
+    """Samples by make(z, y), labels in turn, a chunk at a time -> yields start, z, y, x. Each process makes
+    every world-th chunk."""
+    size = chunk(shape)
+    starts = range(rank * size, count, world * size)
     for start in tqdm(starts, desc="sampling", leave=False, disable=rank > 0 or not sys.stderr.isatty()):
-        i = range(start, start + CHUNK)
+        i = range(start, start + size)
         z, y = noise(seed, i, shape), torch.tensor([labels[j % len(labels)] for j in i])
         x = make(z.to(device), y.to(device))
         yield start, z[:count - start], y[:count - start], x[:count - start]
@@ -871,7 +874,7 @@ def timed(make, count, seed, shape, labels, device):
     """-> z, y, x (count, ...) on the CPU, ms per sample."""
     clock = time.perf_counter()
     rows = [(z, y, x.float().cpu()) for _, z, y, x in generate(make, count, seed, shape, labels, device)]
-    ms = 1e3 * (time.perf_counter() - clock) / (CHUNK * len(rows))
+    ms = 1e3 * (time.perf_counter() - clock) / (chunk(shape) * len(rows))
     return *map(torch.cat, zip(*rows)), ms
 
 
@@ -929,7 +932,7 @@ def report(teacher, ema, convention, s, truth, decoder):
     image = picture([row for pair in pairs for row in pair], names, zoom=zoom)
     write(s.folder / "samples.png", lambda f: image.save(f, "PNG"))
 
-    device, few = ema.pos_embed.device, min(3, len(x))
+    device, few = ema.pos_embed.device, min(1 if decoder else 3, len(x))
     z, y = truth["z"][:few].to(device), truth["y"][:few].to(device)
     gamma, deltas = torch.full((few,), truth["gamma"], device=device), [i / 8 for i in range(9)]
     u = teacher_of(velocity_of(teacher, convention), teacher.config["classes"], y, gamma, s.interval)

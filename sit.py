@@ -416,6 +416,9 @@ def read_file(path):
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):     # SiT's train.py saves its flags
             mmap = zipfile.is_zipfile(path)
+            damaged = zipfile.ZipFile(path).testzip() if mmap else None         # torch compares no checksums
+            if damaged:
+                raise ValueError(f"the checksum of {damaged} is wrong")
             return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
