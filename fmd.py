@@ -544,7 +544,9 @@ def load_decoder(s, device):
     if s.res == 28:
         return None
     try:
-        net = sit.Decoder() if s.vae == "random" else sit.load_decoder(sit.fetch(s.vae))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(s.seed)
+            net = sit.Decoder() if s.vae == "random" else sit.load_decoder(sit.fetch(s.vae))
     except ValueError as e:
         raise ValueError(f"--vae {e}") from None
     return net.to(device).eval().requires_grad_(False)
@@ -601,7 +603,7 @@ def velocities(teacher, parts, convention, s, world=1):
     return {name: velocity_of(net, convention, bf16[name]) for name, net in nets.items()}, hold
 
 
-def make_folder(folder, rank=0):
+def make_folder(folder, rank=0, flag="--out"):
     """Create it, see that it can be written, remove what a killed process left."""
     if rank > 0:
         return
@@ -612,7 +614,7 @@ def make_folder(folder, rank=0):
         write(folder / ".probe", lambda f: None)
         (folder / ".probe").unlink()
     except OSError as e:
-        raise ValueError(f"--out {folder}: cannot write there ({e.strerror}); name another folder") from None
+        raise ValueError(f"{flag} {folder}: cannot write there ({e.strerror}); name another folder") from None
 
 
 def fingerprint(net, convention):
@@ -628,10 +630,15 @@ def save_checkpoint(s, parts, done, teacher):
     state = {name: part.state_dict() for name, part in parts.items()}
     state |= {"step": done, "settings": dataclasses.asdict(s), "teacher": teacher, "format": 2}
     new, last = s.folder / "ckpt.new.pt", s.folder / "ckpt.pt"
-    write(new, lambda f: torch.save(state, f))
-    if last.exists():
-        os.replace(last, s.folder / "ckpt.prev.pt")
-    os.replace(new, last)
+    try:
+        write(new, lambda f: torch.save(state, f))
+        if last.exists():
+            os.replace(last, s.folder / "ckpt.prev.pt")
+        os.replace(new, last)
+    except (OSError, RuntimeError) as e:                            # torch.save may turn the one into the other
+        reason = getattr(e, "strerror", None) or getattr(e.__context__, "strerror", None) or "write failed"
+        raise OSError(f"--out {s.folder}: ckpt.pt of step {done} cannot be saved ({reason}); the last one is "
+                      "untouched: make room and type the same command again") from None
 
 
 def load_checkpoint(path, parts):
@@ -1093,6 +1100,7 @@ def main(argv=None):
         if args.dry_run:
             dry_run(s)
         elif args.export:
+            make_folder(Path(args.export).parent, flag="--export")
             export(Path(args.export), load_net(student_path(s, args), "--ckpt", s, torch.device("cpu"), student=True)[0])
         elif args.sample or args.rollout:
             sample(s, args)

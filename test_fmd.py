@@ -3,13 +3,17 @@
 
 import argparse
 import http.client
+import copy
 import json
 import math
 import os
 import pickle
 import re
+import resource
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 from pathlib import Path
@@ -19,6 +23,7 @@ import pytest
 import torch
 import torch.nn.functional as nnf
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 import fid
 import fmd
@@ -781,11 +786,15 @@ def test_frechet_distance_closed_forms():
 @pytest.fixture
 def work(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    small_teacher()
+    return tmp_path
+
+
+def small_teacher():
     net = tiny(shape=(1, 8, 8), classes=10)
     for p in net.parameters():
         p.data.mul_(0.5) if p.requires_grad else None  # tame: a random velocity should not explode
     torch.save({"ema": net.state_dict(), "config": net.config, "convention": "sit"}, "teacher.pt")
-    return tmp_path
 
 
 SMALL = [
@@ -907,36 +916,6 @@ def test_non_finite_stops_before_the_optimiser(work, capsys, monkeypatch):
     error = capsys.readouterr().err
     assert "prediction is nan at step 2" in error and error.count("\n") == 1
     assert Path("o/ckpt.pt").read_bytes() == before
-
-
-def test_two_processes_equal_one(work):
-    args = [*SMALL, "--steps", "4", "--ckpt-every", "4"]
-    assert run(*args, "--out", "one") == 0
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--master_port=29617",
-        HERE / "fmd.py",
-    ]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(
-        [*command, *args, "--out", "two"], capture_output=True, text=True, env=env, timeout=200
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    a, b = weights("one/ckpt.pt"), weights("two/ckpt.pt")
-    start = fmd.build(sit.load("teacher.pt")[0], fmd.Settings())["student"].state_dict()
-    for k in a:
-        assert torch.allclose(a[k], b[k], rtol=1e-4, atol=1e-5), k
-    assert any((a[f"student.{k}"] - v).abs().max() > 1e-4 for k, v in start.items())
-    for x, y in zip(
-        *(map(json.loads, Path(f"{d}/metrics.jsonl").read_text().splitlines()) for d in ("one", "two"))
-    ):
-        assert all(
-            x[k] == pytest.approx(y[k], rel=1e-3)
-            for k in ("prediction", "correction", "lambda", "student_grad_norm")
-        )
 
 
 def test_sampling_commands(work, capsys):
@@ -1094,6 +1073,339 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
 
 
 # -----------------------------------------------------------------------------------------------------------
+# A run that survives: signals, kills, damage, other world sizes
+# -----------------------------------------------------------------------------------------------------------
+
+def torchrun(count, *args, script=HERE / "fmd.py", port=29617):
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={count}", f"--master_port={port}"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(HERE)}
+    return subprocess.run([*command, script, *map(str, args)], capture_output=True, text=True, env=env, timeout=200)
+
+
+def states(path):
+    """Every tensor of a checkpoint by a name, the optimisers' moments as well."""
+    ckpt = torch.load(path, weights_only=True)
+    out = {f"{net}.{k}": v for net in ("student", "ema", "online") for k, v in ckpt[net].items()}
+    return out | {f"{opt}.{i}.{k}": v for opt in ("student_opt", "online_opt")
+                  for i, moments in ckpt[opt]["state"].items() for k, v in moments.items()}
+
+
+def same(a, b):
+    a, b = states(a), states(b)
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def distance(a, b, networks=("student", "ema", "online")):
+    """Relative distance of two checkpoints' networks, each as one vector. (Key biases have no gradient but
+    rounding, which Adam blows up to whole steps: tensor by tensor the comparison would be of noise.)"""
+    a, b = states(a), states(b)
+    out = []
+    for net in networks:
+        x, y = (torch.cat([v.flatten() for k, v in c.items() if k.startswith(f"{net}.")]) for c in (a, b))
+        out.append(((x - y).norm() / x.norm()).item())
+    return max(out)
+
+
+def logged(path):
+    return [json.loads(line)["step"] for line in Path(path).read_text().splitlines()]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_world_size_does_not_matter(work, world):
+    args = [*SMALL, "--steps", 20, "--batch", 16, "--ckpt-every", 10]
+    assert run(*args, "--out", "one") == 0
+    done = torchrun(world, *args, "--out", "many", "--micro-batch", 4)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert distance("one/ckpt.pt", "many/ckpt.pt") < 1e-5
+    assert distance("one/ckpt.pt", "one/ckpt.prev.pt") > 1e-3
+    assert logged("one/metrics.jsonl") == logged("many/metrics.jsonl") == list(range(1, 21))
+    for x, y in zip(*(map(json.loads, open(f"{name}/metrics.jsonl")) for name in ("one", "many"))):
+        for k in ("prediction", "correction", "lambda", "online", "student_grad_norm", "online_grad_norm"):
+            assert x[k] == pytest.approx(y[k], rel=2e-4, abs=2e-6), (x["step"], k)
+    # saved by many processes, carried on by one
+    os.replace("many/ckpt.prev.pt", "many/ckpt.pt")                                          # of step 10
+    assert run(*args, "--out", "many") == 0
+    assert distance("one/ckpt.pt", "many/ckpt.pt") < 1e-5
+    assert logged("many/metrics.jsonl") == list(range(1, 21))
+
+
+def test_pieces_and_recomputation_change_nothing(work):
+    args = [*SMALL, "--steps", 5, "--batch", 16, "--warmup", 0]
+    for name, extra in (("plain", []), ("other", ["--alpha", 2]), ("pieces", ["--micro-batch", 4]), ("again", ["--checkpointing"]),
+                        ("jvp", ["--derivative", "jvp"]),
+                        ("jvp2", ["--derivative", "jvp", "--micro-batch", 8, "--checkpointing"])):
+        assert run(*args, "--out", name, *extra) == 0
+    for one, other in (("plain", "pieces"), ("plain", "again"), ("jvp", "jvp2")):
+        assert distance(f"{one}/ckpt.pt", f"{other}/ckpt.pt") < 1e-5
+    assert distance("plain/ckpt.pt", "other/ckpt.pt") > 1e-4
+
+
+def test_one_killed_process_ends_the_others(work):
+    Path("driver.py").write_text(
+        "import os, signal, sys, fmd\n"
+        "real = fmd.training_step\n"
+        "def step(v, null, parts, s, step, *a):\n"
+        "    if step == 2 and os.environ['RANK'] == '1':\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return real(v, null, parts, s, step, *a)\n"
+        "fmd.training_step = step\n"
+        "sys.exit(fmd.main(sys.argv[1:]))\n")
+    done = torchrun(2, *SMALL, "--steps", 4, "--ckpt-every", 1, "--out", "o", script="driver.py", port=29618)
+    assert done.returncode != 0 and torch.load("o/ckpt.pt", weights_only=True)["step"] <= 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_and_saves(work, monkeypatch, capsys, number):
+    args = [*SMALL, "--steps", 4, "--ckpt-every", 4]
+    assert run(*args, "--out", "whole") == 0
+    real = fmd.training_step
+
+    def step(v, null, parts, s, step, *a):
+        if step == 1:
+            os.kill(os.getpid(), number)
+        return real(v, null, parts, s, step, *a)
+
+    monkeypatch.setattr(fmd, "training_step", step)
+    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    assert run(*args, "--out", "cut") == 0
+    assert f"stopped by {number.name} after step 2" in capsys.readouterr().out
+    assert logged("cut/metrics.jsonl") == [1, 2] and not Path("cut/student.pt").exists()
+    assert handlers == [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    assert run(*args, "--out", "cut") == 0
+    assert same("whole/ckpt.pt", "cut/ckpt.pt") and logged("cut/metrics.jsonl") == [1, 2, 3, 4]
+
+
+# A run that counts its steps, and the places in its writes where a kill could hurt, and dies at one of them
+KILLED = """
+import io, os, signal, sys
+import torch
+import fmd
+left = int(sys.argv[1])
+def tick():
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+def around(real):
+    def call(*a, **k):
+        tick()
+        result = real(*a, **k)
+        tick()
+        return result
+    return call
+def save(state, f, real=torch.save):
+    data = io.BytesIO()
+    real(state, data)
+    half = len(data.getvalue()) // 2
+    f.write(data.getvalue()[:half])
+    f.flush()
+    tick()
+    f.write(data.getvalue()[half:])
+torch.save, os.fsync, os.replace = save, around(os.fsync), around(os.replace)
+fmd.training_step = around(fmd.training_step)
+sys.exit(fmd.main(sys.argv[2:]))
+"""
+
+
+def kill_and_rerun(instants, quiet=True):
+    """Runs killed at the given events, then run again to the end -> how many equal the uninterrupted one."""
+    Path("killed.py").write_text(KILLED)
+    env, equal = {**os.environ, "PYTHONPATH": str(HERE)}, 0
+
+    def go(instant, out):
+        args = [*SMALL, "--steps", 5, "--ckpt-every", 2, "--out", out]
+        return subprocess.run([sys.executable, "killed.py", *map(str, [instant, *args])], env=env,
+                              capture_output=True).returncode
+
+    assert go(0, "whole") == 0
+    for instant in instants:
+        out = f"killed-{instant}"
+        assert go(instant, out) == -signal.SIGKILL
+        again = go(0, out)
+        good = again == 0 and same("whole/ckpt.pt", f"{out}/ckpt.pt")
+        good = good and logged(f"{out}/metrics.jsonl") == [1, 2, 3, 4, 5] and not list(Path(out).glob(".*"))
+        equal += good
+        if not quiet:
+            print(f"killed at event {instant:2}, then rerun: {'identical' if good else 'DIFFERENT'}")
+    return equal
+
+
+def test_killed_at_any_instant_and_rerun_equals_uninterrupted(work):
+    # in step 3, after the first checkpoint; in the middle of the second one's bytes; between its two renames
+    assert kill_and_rerun([17, 23, 29]) == 3
+
+
+def test_damaged_checkpoints_are_refused_or_load_right(work, capsys):
+    assert run(*SMALL, "--steps", 3, "--ckpt-every", 1, "--out", "o") == 0
+    good, s = Path("o/ckpt.pt").read_bytes(), fmd.Settings(**{**fmd.PRESETS[28], "out": "o"})
+    right, names = states("o/ckpt.pt"), torch.load("o/ckpt.pt", weights_only=True)
+    parts, rng = fmd.build(sit.load("teacher.pt")[0], s), np.random.default_rng(0)
+    refused = 0
+    for i in range(500):
+        if i % 3 == 0:                                                           # flip bytes
+            data = bytearray(good)
+            for at in rng.integers(len(data), size=rng.integers(1, 4)):
+                data[at] ^= int(rng.integers(1, 256))
+            Path("bad.pt").write_bytes(data)
+        elif i % 3 == 1:                                                         # cut
+            Path("bad.pt").write_bytes(good[:rng.integers(len(good))])
+        else:                                                                    # rename, drop or poison a key
+            ckpt = copy.deepcopy(names)
+            place = ckpt[str(rng.choice(list(parts)))]
+            place = place if "state" not in place else place["state"][int(rng.integers(len(place["state"])))]
+            key = str(rng.choice([k for k in place if k != "pos_embed"]))
+            value, how = place.pop(key), rng.integers(5)
+            place |= [{}, {key + "x": value}, {key: value * math.nan}, {key: value.double()},
+                      {key: value.reshape(1, -1)}][how]
+            torch.save(ckpt, "bad.pt")
+        try:
+            fmd.load_checkpoint(Path("bad.pt"), parts)
+        except ValueError as e:
+            assert "bad.pt: not a checkpoint" in str(e) and "\n" not in str(e)
+            refused += 1
+        else:
+            loaded = {f"{n}.{k}": v for n in ("student", "ema", "online") for k, v in parts[n].state_dict().items()}
+            assert all(torch.equal(v, right[k]) for k, v in loaded.items())
+            for name in ("student_opt", "online_opt"):
+                for j, moments in parts[name].state_dict()["state"].items():
+                    assert all(torch.equal(v, right[f"{name}.{j}.{k}"]) for k, v in moments.items())
+    assert refused > 450
+
+
+def test_the_previous_checkpoint_stands_in_for_a_damaged_one(work, capsys):
+    args = [*SMALL, "--steps", 4, "--ckpt-every", 2]
+    assert run(*args, "--out", "o") == 0
+    whole = Path("o/ckpt.pt").read_bytes()
+    Path("whole.pt").write_bytes(whole)
+    for damage in (whole[:-100], b"", whole[:5000] + b"?" + whole[5001:]):
+        Path("o/ckpt.pt").write_bytes(damage)
+        assert torch.load("o/ckpt.prev.pt", weights_only=True)["step"] == 2
+        capsys.readouterr()
+        assert run(*args, "--out", "o") == 0
+        assert re.search(r"ckpt.pt: not a checkpoint .*; going on from o/ckpt.prev.pt", capsys.readouterr().out)
+        assert same("whole.pt", "o/ckpt.pt") and logged("o/metrics.jsonl") == [1, 2, 3, 4]
+        os.replace("o/ckpt.prev.pt", "o/damaged")                # what stood aside was the damaged one: put back
+        assert run(*SMALL, "--steps", 2, "--ckpt-every", 2, "--out", "p") == 0
+        os.replace("p/ckpt.pt", "o/ckpt.prev.pt")
+    for name in ("ckpt.pt", "ckpt.prev.pt"):
+        Path(f"o/{name}").write_bytes(b"damaged")
+    assert run(*args, "--out", "o") == 2
+    error = capsys.readouterr().err
+    assert "ckpt.pt: not a checkpoint" in error and "ckpt.prev.pt: not" in error and error.count("\n") == 1
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(work, capsys):
+    assert run(*SMALL, "--steps", 2, "--ckpt-every", 2, "--out", "o") == 0
+    before, size = Path("o/ckpt.pt").read_bytes(), Path("o/ckpt.pt").stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    capsys.readouterr()
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limits[1]))                   # no file grows larger
+        assert run(*SMALL, "--steps", 4, "--ckpt-every", 1, "--out", "o") == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "ckpt" in error and "untouched" in error, error
+    assert Path("o/ckpt.pt").read_bytes() == before and not list(Path("o").glob("*.tmp"))
+    assert run(*SMALL, "--steps", 4, "--ckpt-every", 1, "--out", "o") == 0
+    assert logged("o/metrics.jsonl") == [1, 2, 3, 4]
+
+
+def test_another_teacher_is_refused_by_its_content(work, capsys):
+    assert run(*SMALL, "--steps", 1, "--out", "o") == 0
+    Path("elsewhere").mkdir()
+    os.replace("teacher.pt", "elsewhere/moved.pt")
+    assert run(*SMALL, "--teacher", "elsewhere/moved.pt", "--steps", 2, "--out", "o") == 0
+    file = torch.load("elsewhere/moved.pt", weights_only=True)
+    file["ema"]["final_layer.linear.bias"] += 1e-3
+    torch.save(file, "teacher.pt")
+    capsys.readouterr()
+    assert run(*SMALL, "--steps", 3, "--out", "o") == 2
+    assert re.search(r"holds a run with teacher \w+ there, \w+ here", capsys.readouterr().err)
+
+
+def test_a_step_that_is_not_finite_moves_nothing_on_the_device_either(work):
+    """Between two waits for the device nobody looks: the optimisers must hold still by themselves."""
+    s = fmd.Settings(**{**fmd.PRESETS[28], "batch": 8})
+    teacher = sit.load("teacher.pt")[0]
+    parts = fmd.build(teacher, s)
+    v, _ = fmd.velocities(teacher, parts, "sit", s)
+    draws = [fmd.prior((1, 8, 8), 10, s, 0, part) for part in ("prediction", "correction")]
+    halted = torch.zeros(())
+    fmd.training_step(v, 10, parts, s, 0, draws, halted)
+    before = copy.deepcopy({name: parts[name].state_dict() for name in ("student", "online")})
+    assert halted == 0
+    fmd.training_step({**v, "teacher": lambda *a: v["teacher"](*a) * math.inf}, 10, parts, s, 1, draws, halted)
+    assert halted == 1
+    fmd.training_step(v, 10, parts, s, 2, draws, halted)                                    # finite again
+    assert halted == 1
+    for name, state in before.items():
+        assert all(torch.equal(v, state[k]) for k, v in parts[name].state_dict().items())
+
+
+# -----------------------------------------------------------------------------------------------------------
+# ImageNet in miniature: latents, decoder, many labels, precision
+# -----------------------------------------------------------------------------------------------------------
+
+BIG = ["--res", 256, "--teacher", "random", "--model", "SiT-T/8", "--vae", "random", "--device", "cpu",
+       "--eval-samples", 2, "--out", "big"]
+
+
+@pytest.fixture
+def small_vae(monkeypatch):
+    whole = sit.Decoder
+    monkeypatch.setattr(sit, "Decoder", lambda: whole((32, 32, 32, 32)))
+
+
+@pytest.mark.parametrize("extra", [[], ["--bf16"], ["--bf16", "--derivative", "fd", "--micro-batch", 4]])
+def test_imagenet_in_miniature(work, small_vae, capsys, extra):
+    assert run(*BIG, "--steps", 2, "--batch", 8, "--log-every", 1, *extra) == 0
+    assert len(logged("big/metrics.jsonl")) == 2 and Image.open("big/samples.png").size[1] > 2 * 256
+    assert run(*BIG, "--sample", 18, "--labels", "balanced") == 0
+    many = np.load("big/samples.npz")
+    assert many["arr_0"].shape == (18, 256, 256, 3) and many["arr_1"].tolist() == list(range(18))
+    assert run(*BIG, "--sample", 3, "--labels", "0-2") == 0
+    assert np.array_equal(np.load("big/samples.npz")["arr_0"], many["arr_0"][:3])
+    assert sorted(p.name for p in Path("big").glob(".*")) == []
+
+
+def test_export_reads_back_to_the_bit_and_samples_alike(work):
+    assert run(*SMALL, "--steps", 2, "--out", "o") == 0
+    Path("file").write_text("")
+    assert run("--export", "file/released.pt", "--ckpt", "o/student.pt") == 2
+    assert run("--export", "released.pt", "--ckpt", "o/student.pt") == 0
+    raw, (net, info) = torch.load("released.pt", weights_only=True), sit.load("o/student.pt")
+    assert "dt_embedder.projs.0.weight" in raw and "gw_embedder.projs.2.bias" in raw
+    assert not [k for k in raw if ".mlp." in k and "embedder" in k]
+    again = sit.from_state_dict(raw, heads=4)
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in net.state_dict().items())
+    # the release's rule: x0 = z + u at the prior's end of its clock, dt = 1, gw = γ
+    z, y, one = fmd.noise(0, range(64), (1, 8, 8)), torch.arange(64) % 10, torch.ones(64)
+    with torch.no_grad():
+        theirs = z + again(z, 0 * one, y, 1 * one, 1.5 * one)
+    assert torch.equal(theirs, fmd.one_step(net, "sit", 1.5)(z, y))
+
+
+def test_many_processes_sample_what_one_does(work):
+    common = ["--teacher", "teacher.pt", "--device", "cpu", "--rollout", 150, "--rollout-steps", 2]
+    assert run(*common, "--out", "one") == 0
+    done = torchrun(2, *common, "--out", "two", port=29619)
+    assert done.returncode == 0, done.stderr[-2000:]
+    a, b = (np.load(f"{name}/rollout.npz") for name in ("one", "two"))
+    assert np.abs(a["arr_0"].astype(int) - b["arr_0"]).max() <= 1                     # other thread counts
+    assert np.array_equal(a["arr_1"], b["arr_1"]) and len(a["arr_0"]) == 150
+
+
+def test_flops_count_what_a_forward_computes():
+    with torch.device("meta"):
+        net = sit.SiT((4, 32, 32), 12, 384, 6, 2, 1000)
+        with FlopCounterMode(display=False) as counter:
+            net(torch.empty(3, 4, 32, 32), torch.empty(3), torch.empty(3, dtype=torch.long))
+    s = fmd.Settings(res=256, correction=0.0, derivative="jvp")
+    assert fmd.flops(net.config, s, 3) / 7 == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+# -----------------------------------------------------------------------------------------------------------
 # What is shipped
 # -----------------------------------------------------------------------------------------------------------
 
@@ -1136,21 +1448,24 @@ def test_readme_explains_every_flag():
 # -----------------------------------------------------------------------------------------------------------
 
 
-def benchmark(repeats=15):
+def benchmark(model=None, device="cpu", batch=64, repeats=15):
     """The median time of each part of a training step over that of a forward without gradient on the same
-    batch, taken in turn, so that a machine that slows down slows all of them."""
-    s = fmd.Settings(**fmd.PRESETS[28])
-    teacher, info = fmd.load_net(s.teacher, "--teacher", s, torch.device("cpu"))
-    parts = fmd.build(teacher, s)
+    batch, taken in turn, so that a machine that slows down slows all of them. model None: the bundled teacher;
+    else a random one of that size, such as SiT-B/2, on latents of 256."""
+    s = fmd.Settings(**{**fmd.PRESETS[256 if model else 28], "device": device, "batch": batch,
+                        **({"teacher": "random", "model": model, "res": 256} if model else {})})
+    device = torch.device(device)
+    teacher, info = fmd.load_net(s.teacher, "--teacher", s, device)
+    parts, null, shape = fmd.build(teacher, s), teacher.config["classes"], teacher.config["shape"]
     v, _ = fmd.velocities(teacher, parts, info["convention"], s)
-    halted = torch.zeros(())
-    draws = [fmd.prior((1, 28, 28), 10, s, 0, part) for part in ("prediction", "correction")]
+    halted = torch.zeros((), device=device)
+    draws = [fmd.to_device(fmd.prior(shape, null, s, 0, part), device) for part in ("prediction", "correction")]
     pred, corr = draws
     z, y, gamma = (torch.cat([pred[name], corr[name]]) for name in ("z", "y", "gamma"))
     delta, value = torch.cat([pred["delta"], torch.ones_like(corr["gamma"])]), torch.zeros_like(pred["z"])
     F = fmd.student_of(v["student"], y, gamma)
     F_pred = fmd.student_of(v["bare"], pred["y"], pred["gamma"])
-    u = fmd.teacher_of(v["teacher"], 10, y, gamma)
+    u = fmd.teacher_of(v["teacher"], null, y, gamma)
     g = fmd.online_of(v["online"], corr["y"], corr["gamma"])
     runs = {
         "forward": torch.no_grad()(lambda: F(z, delta)),
@@ -1163,19 +1478,29 @@ def benchmark(repeats=15):
     for method in ("jvp", "fd"):
         changed = fmd.dataclasses.replace(s, derivative=method)
         runs[f"whole training step, {method}"] = lambda changed=changed: fmd.training_step(
-            v, 10, parts, changed, 0, draws, halted
+            v, null, parts, changed, 0, draws, halted
         )
     times = {name: [] for name in runs}
     for i in range(repeats + 2):  # two rounds of warm-up
         for name, call in runs.items():
             clock = time.perf_counter()
             call()
+            torch.cuda.synchronize() if device.type == "cuda" else None
             times[name] += [time.perf_counter() - clock] if i >= 2 else []
-    print(f"batch {s.batch}, {s.correction:.0%} correction, {torch.get_num_threads()} CPU threads, float32")
+    print(f"batch {s.batch}, {s.correction:.0%} correction, {device.type}, {torch.get_num_threads()} CPU threads, "
+          f"{'bfloat16' if s.bf16 else 'float32'}")
     for name, seconds in times.items():
         ratio = np.median(np.array(seconds) / np.array(times["forward"]))
         print(f"{name:32}{1e3 * np.median(seconds):9.1f} ms{ratio:8.2f} forwards")
 
 
 if __name__ == "__main__":
-    benchmark()
+    # python test_fmd.py [MODEL [DEVICE [BATCH]]]: the benchmark. python test_fmd.py kill N: kill -9 at N instants.
+    if sys.argv[1:2] == ["kill"]:
+        os.chdir(tempfile.mkdtemp())
+        small_teacher()
+        chosen = sorted(np.random.default_rng(0).choice(np.arange(1, 34), int(sys.argv[2]), replace=False))
+        print(f"{kill_and_rerun(chosen, quiet=False)} of {len(chosen)} identical to the uninterrupted run")
+    else:
+        fmd.keep_freed_memory()
+        benchmark(*sys.argv[1:3], *map(int, sys.argv[3:4]))
