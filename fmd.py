@@ -19,7 +19,7 @@ Time: t = 1 IS NOISE, t = 0 IS DATA. Velocities point in the generating directio
   u(x, t)    u                  teacher's velocity dx/d(1-t); E[x0 - n | x_t] on the linear path  like x
   F(z, δ)    F                  student: average velocity over the first δ of the path            like z
   f(z, δ)    flow_map(F, z, δ)  z + δ F(z, δ): where the path is after δ; f(z, 1) is the sample   like z
-  v_G        v_G                ∂f/∂δ = F + δ ∂F/∂δ: velocity the student generates at            like z
+  v_G        v_G                ∂f/∂δ = F + δ ∂F/∂δ: the student generates at this velocity  like z
   I_r(x, n)  interpolate        (1 - r) x + r n: a sample x noised to time r with fresh noise n   like x
   v_N(x, r)  v_N, g             velocity of the flow that noises the student's own samples        like x
   Δ          residual           student's velocity minus the teacher's: v_G - u or v_N - u        like x
@@ -39,6 +39,7 @@ import argparse
 import copy
 import ctypes
 import dataclasses
+import datetime
 import hashlib
 import json
 import math
@@ -79,11 +80,11 @@ GPU = torch.cuda.is_available()
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    res: int = setting(28, "preset, by image side in pixels: 28 (MNIST, bundled teacher), 256, 512 (ImageNet)")
-    teacher: str = setting("assets/teacher-mnist.pt", "teacher: a file, a released name, a URL, or random")
+    res: int = setting(28, "preset, by image side: 28 (MNIST, bundled teacher), 256 or 512 (ImageNet)")
+    teacher: str = setting("assets/teacher-mnist.pt", "a file, released name (sit.RELEASED), URL or random")
     model: str = setting("SiT-T/4", "size and patch of --teacher random", free=True)
     convention: str = setting("auto", "clock and sign of the file: auto, sit or repa", free=True)
-    vae: str = setting("sd-vae-ft-ema", "decoder of latents: a file, a released name, a URL, or random", free=True)
+    vae: str = setting("sd-vae-ft-ema", "latents' decoder: a file, released name, URL or random", free=True)
     out: str = setting("", "output folder; empty: out/RES", free=True)
     steps: int = setting(100_000, "optimiser steps; the learning rate's schedule spans them", free=True)
     batch: int = setting(256, "samples per step, over all processes [paper]")
@@ -106,7 +107,7 @@ class Settings:
     seed: int = setting(0, "every random draw is keyed by (seed, step, purpose)")
     bf16: bool = setting(GPU, "networks compute in bfloat16; weights, losses, differences in float32")
     compile: bool = setting(GPU, "torch.compile all but the derivative", free=True)
-    checkpointing: bool = setting(False, "recompute activations in the backward pass, to save memory", free=True)
+    checkpointing: bool = setting(False, "recompute activations going back, to save memory", free=True)
     eval_samples: int = setting(64, "noises on which student and teacher are compared", free=True)
     log_every: int = setting(50, "steps between lines of metrics.jsonl", free=True)
     eval_every: int = setting(5000, "steps between evaluations; the last step has one too", free=True)
@@ -114,24 +115,25 @@ class Settings:
     device: str = setting("cuda" if GPU else "cpu", "cpu, cuda or cuda:N", free=True)
 
     def __post_init__(self):
-        share = next((m for m in range(1, 101) if round(m * self.correction, 9) % 1 == 0), 100)
-        whole = math.isclose(self.batch * self.correction, self.corrected, abs_tol=1e-6)
+        multiple = next((m for m in range(1, 101) if round(m * self.correction, 9) % 1 == 0), 100)
+        share_fits = 0 <= self.correction <= 1
+        whole = not share_fits or math.isclose(self.batch * self.correction, self.corrected, abs_tol=1e-6)
         counts = ("steps", "batch", "log_every", "eval_every", "ckpt_every")
-        rates = ("lr", "online_lr", "clip")
+        rates, sizes = ("lr", "online_lr", "clip"), ("k", "warmup", "seed", "micro_batch")
         rules = [("res", self.res in PRESETS, f"choose from {sorted(PRESETS)}"),
                  *((name, getattr(self, name) >= 1, "must be at least 1") for name in counts),
                  *((name, 0 < getattr(self, name) < math.inf, "must be positive") for name in rates),
-                 *((name, getattr(self, name) >= 0, "must be 0 or more") for name in ("k", "warmup", "seed", "micro_batch")),
+                 *((name, getattr(self, name) >= 0, "must be 0 or more") for name in sizes),
                  ("model", bool(re.fullmatch(rf"SiT-({'|'.join(sit.SIZES)})/[248]", self.model)),
                    f"give SiT-SIZE/PATCH, SIZE of {list(sit.SIZES)}, PATCH of 2, 4, 8"),
                  ("convention", self.convention in ("auto", *CONVENTIONS), f"auto or of {list(CONVENTIONS)}"),
                  ("micro_batch", not self.micro_batch or math.isclose(
                      self.micro_batch * self.correction % 1, 0, abs_tol=1e-9),
-                   f"times --correction {self.correction} must be whole: try a multiple of {share}"),
+                   f"times --correction {self.correction} must be whole: try a multiple of {multiple}"),
                  ("eval_samples", self.eval_samples >= 2, "must be at least 2: a covariance needs two"),
-                 ("correction", 0 <= self.correction <= 1, "must be in [0, 1]"),
+                 ("correction", share_fits, "must be in [0, 1]"),
                  ("batch", whole,
-                   f"times --correction {self.correction} must be whole: try a multiple of {share}"),
+                   f"times --correction {self.correction} must be whole: try a multiple of {multiple}"),
                  ("alpha", 0 < self.alpha < math.inf, "must be positive; no correction is --correction 0"),
                  ("gamma", 0 <= self.gamma[0] <= self.gamma[1] < math.inf, "must be LOW HIGH from 0 up"),
                  ("interval", 0 <= self.interval[0] <= self.interval[1] <= 1, "must be LOW HIGH in 0 to 1"),
@@ -165,9 +167,9 @@ def plain(value):
 # What differs from the defaults above, by resolution [ours]. At 28, in float32 on a CPU, a finite difference
 # agrees with the JVP at a quarter of its time; for the rest see the README, "Tried".
 PRESETS = {
-    28: {"derivative": "fd", "k": 0.5, "batch": 64, "lr": 1e-3, "online_lr": 1e-3, "warmup": 20, "decay_from": 0.3,
-         "ema": 0.995, "steps": 900, "bf16": False, "compile": False, "eval_samples": 256, "log_every": 25,
-         "eval_every": 500, "ckpt_every": 500},
+    28: {"derivative": "fd", "k": 0.5, "batch": 64, "lr": 1e-3, "online_lr": 1e-3, "warmup": 20,
+         "decay_from": 0.3, "ema": 0.995, "steps": 900, "bf16": False, "compile": False, "eval_samples": 256,
+         "log_every": 25, "eval_every": 500, "ckpt_every": 500},
     256: {"teacher": "SiT-XL/2", "model": "SiT-XL/2"},
     512: {"teacher": "SiT-XL/2-512", "model": "SiT-XL/2", "checkpointing": True},
 }
@@ -261,8 +263,8 @@ def duration_derivative(F, z, delta, value=None, method="jvp", h=5e-3):
 
     jvp: forward mode, exact; the fused attention kernels have no forward derivative, so it takes the plain
     one. fd: backward difference, one evaluation where F(z, δ) is at hand; error O(h). Both its ends want
-    float32: bfloat16 rounds by 4e-3, as much as the step h itself. (For δ < h it looks past 0, where δ ∂F/∂δ
-    is ~0.)"""
+    float32: bfloat16 rounds by 4e-3, as much as the step h itself. (For δ < h it looks past 0, where the
+    derivative's factor δ is ~0.)"""
     if method == "fd":
         value = F(z, delta) if value is None else value
         return (value - F(z, delta - h)) / h
@@ -283,8 +285,8 @@ def interpolate(x, n, r):
 def prediction(F, u, z, delta, derivative=duration_derivative):
     """Prediction (paper, Eq. 7 to 9) -> F(z, δ), with gradient, and Δ_G = v_G - u(f(z, δ), 1 - δ).
 
-    A perfect student has δ F(z, δ) = ∫ u along the path; differentiated, F + δ ∂F/∂δ = u(f, 1 - δ):
-    it generates at the velocity the teacher has where the *student* is. z (B, ...), delta (B,)."""
+    A perfect student has δ F(z, δ) = ∫ u along the path. Differentiate: F + δ ∂F/∂δ = u(f, 1 - δ); it
+    generates at the velocity the teacher has where the *student* is. z (B, ...), delta (B,)."""
     average = F(z, delta)                                                             # (B, ...)
     with torch.no_grad():                                                             # sg: all else is target
         f = z + expand(delta, z) * average
@@ -436,12 +438,13 @@ def batch_losses(v, null, s, draws, mean=torch.mean, hold=lambda name: nullconte
     for i, (pred, corr) in enumerate(pieces if count > 1 else ()):
         z, y, gamma = (torch.cat([pred[name], corr[name]]) for name in ("z", "y", "gamma"))
         delta = torch.cat([pred["delta"], torch.ones_like(corr["gamma"])])
-        gradient = torch.cat([part.chunk(count)[i] for part in average.grad.split([len(G), len(N)]) if len(part)])
+        gradient = torch.cat([a.chunk(count)[i] for a in average.grad.split([len(G), len(N)]) if len(a)])
         with hold("student") if i + 1 < count else nullcontext():
             student_of(v["student"], y, gamma)(z, delta).backward(gradient)
     terms = {"prediction": mean(G.flatten(1).square().mean(1))} if len(G) else {}
     if len(N):
-        terms |= {"correction": mean(N.flatten(1).square().mean(1)), "online": mean(online_loss), "lambda": lam}
+        terms |= {"correction": mean(N.flatten(1).square().mean(1)), "online": mean(online_loss),
+                  "lambda": lam}
     terms["here"] = (G.sum() + N.sum() + online_loss.sum()).detach()      # of this process alone: who began
     return terms
 
@@ -454,8 +457,8 @@ def learning_rate(step, s):
 def training_step(v, null, parts, s, step, draws, halted, mean=torch.mean, hold=lambda name: nullcontext()):
     """Losses, gradients, optimisers, average: one step on parts (see build) -> what to log, tensors.
 
-    halted, a float tensor of no dimensions on the device, becomes 1 when a term is not finite; from then on no
-    optimiser moves a weight, and nobody has waited for the device to know it."""
+    halted, a float tensor of no dimensions on the device, becomes 1 when a term is not finite; from then on
+    no optimiser moves a weight, and nobody has waited for the device to know it."""
     terms = batch_losses(v, null, s, draws, mean, hold)
     for name in ("student", "online") if "online" in terms else ("student",):
         terms[f"{name}_grad_norm"] = torch.nn.utils.clip_grad_norm_(parts[name].parameters(), s.clip)
@@ -593,14 +596,13 @@ def velocities(teacher, parts, convention, s, world=1):
     compiled = torch.compile if s.compile else lambda net: net
     nets = {"teacher": compiled(teacher), "student": compiled(parts["student"]),
             "online": compiled(parts["online"]), "forward": parts["student"], "bare": parts["student"]}
-    hold = lambda name: nullcontext()                                                         # noqa: E731
-    if world > 1:                                  # gradients averaged over processes, once a step and network
+    if world > 1:                                # gradients averaged over processes, once a step and network
         for name in ("student", "online"):
             nets[name] = torch.nn.parallel.DistributedDataParallel(nets[name], gradient_as_bucket_view=True)
-        hold = lambda name: nets[name].no_sync()                                              # noqa: E731
     # the derivative needs no gradient, hence no DDP; forward mode does not go through a compiled network
     bf16 = {name: s.bf16 and (name != "bare" or s.derivative == "jvp") for name in nets}
-    return {name: velocity_of(net, convention, bf16[name]) for name, net in nets.items()}, hold
+    return ({name: velocity_of(net, convention, bf16[name]) for name, net in nets.items()},
+            lambda name: nets[name].no_sync() if world > 1 else nullcontext())
 
 
 def make_folder(folder, rank=0, flag="--out"):
@@ -635,7 +637,7 @@ def save_checkpoint(s, parts, done, teacher):
         if last.exists():
             os.replace(last, s.folder / "ckpt.prev.pt")
         os.replace(new, last)
-    except (OSError, RuntimeError) as e:                            # torch.save may turn the one into the other
+    except (OSError, RuntimeError) as e:                         # torch.save may turn the one into the other
         reason = getattr(e, "strerror", None) or getattr(e.__context__, "strerror", None) or "write failed"
         raise OSError(f"--out {s.folder}: ckpt.pt of step {done} cannot be saved ({reason}); the last one is "
                       "untouched: make room and type the same command again") from None
@@ -684,7 +686,7 @@ def resume(s, parts, teacher, say):
             differ = [f"{name} {plain(ckpt['settings'].get(name))} there, {plain(here[name])} here"
                       for name in fixed if ckpt["settings"].get(name) != here[name]]
             if differ:
-                raise ValueError(f"--out {s.folder}: holds a run with {'; '.join(differ)}; name another folder")
+                raise ValueError(f"--out {s.folder}: a run with {'; '.join(differ)}; name another folder")
             for fault in faults:
                 say(f"{fault}; going on from {path}")
             return ckpt["step"]
@@ -722,7 +724,7 @@ def train(s):
         raise ValueError(f"--batch {s.batch}: its {s.batch - s.corrected} samples for prediction and "
                          f"{s.corrected} for correction must both divide by the {world} processes")
     if s.micro_batch and (s.batch // world % s.micro_batch):
-        raise ValueError(f"--micro-batch {s.micro_batch}: must divide the {s.batch // world} samples of a process")
+        raise ValueError(f"--micro-batch {s.micro_batch}: must divide a process's {s.batch // world} samples")
     (teacher, info), decoder = rank0_first(rank, world, lambda: (
         load_net(s.teacher, "--teacher", s, device), load_decoder(s, device)))
     convention, shape, null = info["convention"], teacher.config["shape"], teacher.config["classes"]
@@ -761,14 +763,14 @@ def train(s):
         logged, evaluated, saved = (last or done % n == 0 for n in (s.log_every, s.eval_every, s.ckpt_every))
         if not (logged or evaluated or saved or device.type == "cpu"):
             continue
-        for ago, values in zip(range(len(pending) - 1, -1, -1), torch.stack(pending).tolist()):   # the one wait
-            *values, here = values
+        found = torch.stack(pending).tolist()                        # the one wait for the device
+        for at, (*values, here) in enumerate(found, start=done - len(found) + 1):
             for name, value in zip(terms, values):
                 if not math.isfinite(value):
                     began = [r for r in range(world) if anywhere(r == rank and not math.isfinite(here))]
                     raise FloatingPointError(
-                        f"{name} is {value} at step {done - ago}{f', first on rank {began}' if began else ''}: "
-                        f"stopped before the optimiser; checkpoints in {s.folder} are untouched")
+                        f"{name} is {value} at step {at} (first on rank {began}): stopped before the "
+                        f"optimiser; checkpoints in {s.folder} are untouched")
         pending.clear()
         if rank == 0 and (logged or evaluated):
             seconds = (time.perf_counter() - clock) / (done - since)
@@ -782,9 +784,9 @@ def train(s):
             with open(log, "a") as f:
                 f.write(json.dumps(line) + "\n")
             if quiet or evaluated:
-                left = time.strftime("%H:%M:%S", time.gmtime(seconds * (s.steps - done)))
+                left = datetime.timedelta(seconds=round(seconds * (s.steps - done)))
                 say("  ".join(f"{k} {value:.4g}" for k, value in line.items())
-                    + f"  ms/step {1e3 * seconds:.0f}  left {seconds * (s.steps - done) // 86400:.0f}d {left}")
+                    + f"  ms/step {1e3 * seconds:.0f}  left {left}")
             clock, since = time.perf_counter(), done
         if rank == 0 and saved:
             save_checkpoint(s, parts, done, identity)
@@ -798,9 +800,7 @@ def train(s):
     elif rank == 0:
         export(s.folder / "student.pt", parts["ema"], {"convention": convention, "gamma": list(s.gamma)})
         report(teacher, parts["ema"], convention, s, truth, decoder)
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    anywhere(False)                                                  # the others wait for process 0
 
 
 def export(path, net, info=None):
@@ -986,29 +986,31 @@ def sample(s, args):
     make_folder(s.folder, rank)
     side, channels = (shape[1], shape[0]) if decoder is None else (8 * shape[1], 3)
     npz, raw = s.folder / f"{name}.npz", s.folder / f".{name}.npy.tmp"
-    if rank == 0:
-        np.lib.format.open_memmap(raw, "w+", np.uint8, (count, side, side, channels))
-    anywhere(False)                                                          # the others wait for the file
-    clock = time.perf_counter()
-    x = np.lib.format.open_memmap(raw, "r+")
-    for start, _, _, made in generate(make, count, s.seed, shape, labels, device, rank, world):
-        x[start:start + len(made)] = to_uint8(made, decoder)
-    x.flush()
-    anywhere(False)
-    if rank == 0:
-        ms = 1e3 * (time.perf_counter() - clock) / count
-        y = np.array([labels[i % len(labels)] for i in range(count)])
-        write(npz, lambda f: np.savez(f, arr_0=x, arr_1=y))                  # streams x from the mapped file
-        raw.unlink()
-        rows = [x[i:i + 10] for i in range(0, min(100, count), 10)]
-        write(s.folder / f"{name}-grid.png", lambda f: picture(rows, [""] * len(rows)).save(f, "PNG"))
-        print(f"{count} samples of {path}, {nfe} NFE, {ms:.2f} ms each")
-        print(f"In {s.folder}: {npz.name}  {name}-grid.png")
+    try:
+        if rank == 0:
+            np.lib.format.open_memmap(raw, "w+", np.uint8, (count, side, side, channels))
+        anywhere(False)                                                      # the others wait for the file
+        clock, x = time.perf_counter(), np.lib.format.open_memmap(raw, "r+")
+        for start, _, _, made in generate(make, count, s.seed, shape, labels, device, rank, world):
+            x[start:start + len(made)] = to_uint8(made, decoder)
+        x.flush()
+        anywhere(False)
+        if rank == 0:
+            ms = 1e3 * (time.perf_counter() - clock) / count
+            y = np.array([labels[i % len(labels)] for i in range(count)])
+            write(npz, lambda f: np.savez(f, arr_0=x, arr_1=y))              # streams x from the mapped file
+            rows = [x[i:i + 10] for i in range(0, min(100, count), 10)]
+            write(s.folder / f"{name}-grid.png", lambda f: picture(rows, [""] * len(rows)).save(f, "PNG"))
+            print(f"{count} samples of {path}, {nfe} NFE, {ms:.2f} ms each")
+            print(f"In {s.folder}: {npz.name}  {name}-grid.png")
+    finally:
+        if rank == 0:
+            raw.unlink(missing_ok=True)
     anywhere(False)
     if args.eval:
-        fid.main([str(npz), args.eval, "--device", device.type, *(["--weights", args.inception] if args.inception else [])])
-    if world > 1:
-        dist.destroy_process_group()
+        inception = ["--weights", args.inception] if args.inception else []
+        return fid.main([str(npz), args.eval, "--device", s.device, *inception])
+    return 0
 
 
 def parse_labels(text, classes):
@@ -1046,7 +1048,7 @@ def parse(argv):
     group.add_argument("--dry-run", action="store_true", help="print settings, sizes and files to be written")
     group.add_argument("--export", metavar="F", help="write the student to F in the released layout")
     group.add_argument("--ckpt", metavar="F", help="their weights (default: OUT/student.pt, else bundled)")
-    group.add_argument("--guidance", type=float, default=1.5, metavar="γ", help="of --sample, --rollout (1.5)")
+    group.add_argument("--guidance", type=float, default=1.5, metavar="γ", help="of these two (1.5)")
     group.add_argument("--labels", default="balanced", help="balanced (default), one label or LOW-HIGH")
     group.add_argument("--solver", default="heun", help="of --rollout: heun or euler (default: heun)")
     group.add_argument("--rollout-steps", type=int, default=32, metavar="K", help="of --rollout (32)")
@@ -1057,16 +1059,16 @@ def parse(argv):
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     s = Settings(**{**PRESETS.get(given.get("res", 28), {}), **given})
     tasks = [name for name in ("sample", "rollout", "export", "dry_run") if vars(args)[name]]
-    used = {"ckpt": ("sample", "rollout", "export"), "guidance": ("sample", "rollout"), "eval": ("sample", "rollout"),
-            "labels": ("sample", "rollout"), "solver": ("rollout",), "rollout_steps": ("rollout",),
-            "inception": ("sample", "rollout")}
+    makes = {"sample", "rollout"}
+    users = {"ckpt": makes | {"export"}, "guidance": makes, "labels": makes, "solver": {"rollout"},
+             "rollout_steps": {"rollout"}, "eval": makes, "inception": makes}
     rules = [*((name, vars(args)[name] is None or vars(args)[name] >= 1, "must be at least 1")
                for name in ("sample", "rollout", "rollout_steps")),
-             *((tasks[0], len(tasks) == 1, "not both: give one of " + ", ".join(f"--{task}" for task in tasks)) for _ in tasks[:1]),
+             *((name, name == tasks[0], f"not both: --{tasks[0]} is given") for name in tasks),
              ("solver", args.solver in ("heun", "euler"), "choose heun or euler"),
              ("guidance", args.guidance >= 0 and math.isfinite(args.guidance), "must be 0 or more"),
-             *((name, vars(args)[name] == parser.get_default(name) or set(tasks) & set(used_by),
-                "goes with " + " or ".join(f"--{task}" for task in used_by)) for name, used_by in used.items())]
+             *((name, vars(args)[name] == parser.get_default(name) or users[name] & set(tasks),
+                "goes with " + " or ".join(f"--{task}" for task in sorted(users[name]))) for name in users)]
     for name, fine, fix in rules:
         if not fine:
             raise ValueError(f"--{name.replace('_', '-')} {vars(args)[name]}: {fix}")
@@ -1100,15 +1102,20 @@ def main(argv=None):
         if args.dry_run:
             dry_run(s)
         elif args.export:
+            net, _ = load_net(student_path(s, args), "--ckpt", s, torch.device("cpu"), student=True)
             make_folder(Path(args.export).parent, flag="--export")
-            export(Path(args.export), load_net(student_path(s, args), "--ckpt", s, torch.device("cpu"), student=True)[0])
+            export(Path(args.export), net)
         elif args.sample or args.rollout:
-            sample(s, args)
+            return sample(s, args)
         else:
             train(s)
     except (ValueError, OSError, FloatingPointError) as e:
-        print(f"fmd.py: {e}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0" or not isinstance(e, ValueError):     # all ranks refuse alike
+            print(f"fmd.py: {e}", file=sys.stderr)
         return 1 if isinstance(e, FloatingPointError) else 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return 0
 
 
