@@ -285,8 +285,8 @@ def interpolate(x, n, r):
 def prediction(F, u, z, delta, derivative=duration_derivative):
     """Prediction (paper, Eq. 7 to 9) -> F(z, δ), with gradient, and Δ_G = v_G - u(f(z, δ), 1 - δ).
 
-    A perfect student has δ F(z, δ) = ∫ u along the path. Differentiate: F + δ ∂F/∂δ = u(f, 1 - δ); it
-    generates at the velocity the teacher has where the *student* is. z (B, ...), delta (B,)."""
+    A perfect student has δ F(z, δ) = ∫ u along the path. Differentiate in δ: F + δ ∂F/∂δ = u(f, 1 - δ).
+    It generates at the velocity the teacher has where the *student* is. z (B, ...), delta (B,)."""
     average = F(z, delta)                                                             # (B, ...)
     with torch.no_grad():                                                             # sg: all else is target
         f = z + expand(delta, z) * average
@@ -831,10 +831,10 @@ def noise(seed, indices, shape):
     return torch.stack([torch.randn(*shape, generator=generator(seed, "sample", i)) for i in indices])
 
 
-def generate(make, count, seed, shape, labels, device, rank=0, world=1):
+def generate(make, count, seed, shape, labels, device, rank=0, world=1, size=None):
     """Samples by make(z, y), labels in turn, a chunk at a time -> yields start, z, y, x. Each process makes
     every world-th chunk."""
-    size = chunk(shape)
+    size = size or chunk(shape)
     starts = range(rank * size, count, world * size)
     for start in tqdm(starts, desc="sampling", leave=False, disable=rank > 0 or not sys.stderr.isatty()):
         i = range(start, start + size)
@@ -879,9 +879,10 @@ def moments(x):
 
 def timed(make, count, seed, shape, labels, device):
     """-> z, y, x (count, ...) on the CPU, ms per sample."""
-    clock = time.perf_counter()
-    rows = [(z, y, x.float().cpu()) for _, z, y, x in generate(make, count, seed, shape, labels, device)]
-    ms = 1e3 * (time.perf_counter() - clock) / (chunk(shape) * len(rows))
+    clock, size = time.perf_counter(), min(count, chunk(shape))
+    made = generate(make, count, seed, shape, labels, device, size=size)
+    rows = [(z, y, x.float().cpu()) for _, z, y, x in made]
+    ms = 1e3 * (time.perf_counter() - clock) / (size * len(rows))
     return *map(torch.cat, zip(*rows)), ms
 
 
@@ -941,10 +942,11 @@ def report(teacher, ema, convention, s, truth, decoder):
 
     device, few = ema.pos_embed.device, min(1 if decoder else 3, len(x))
     z, y = truth["z"][:few].to(device), truth["y"][:few].to(device)
-    gamma, deltas = torch.full((few,), truth["gamma"], device=device), [i / 8 for i in range(9)]
+    every = 2 if decoder is None else 4                              # decoding takes longer than the network
+    gamma, deltas = torch.full((few,), truth["gamma"], device=device), [i / 16 for i in range(0, 17, every)]
     u = teacher_of(velocity_of(teacher, convention), teacher.config["classes"], y, gamma, s.interval)
     F = student_of(velocity_of(ema, convention), y, gamma)
-    paths = rollout(u, z, 16, "heun", path=True)[::2]                                # (9, few, C, H, W)
+    paths = rollout(u, z, 16, "heun", path=True)[::every]                    # (len(deltas), few, C, H, W)
     maps = torch.stack([flow_map(F, z, torch.full_like(gamma, d)) for d in deltas])
     rows = [to_uint8(a[:, i], decoder) for i in range(few) for a in (paths, maps)]
     path = picture(rows, ["teacher's path", "student's map"] * few, ["duration", *map(str, deltas)], zoom)

@@ -1520,7 +1520,7 @@ def benchmark(model=None, device="cpu", batch=64, repeats=15):
 
 
 if __name__ == "__main__":
-    # python test_fmd.py [MODEL [DEVICE [BATCH]]]: the benchmark. python test_fmd.py kill N: kill -9 at N instants.
+    # python test_fmd.py [MODEL [DEVICE [BATCH [REPEATS]]]]: the benchmark. python test_fmd.py kill N: kill -9 at N instants.
     if sys.argv[1:2] == ["kill"]:
         os.chdir(tempfile.mkdtemp())
         small_teacher()
@@ -1528,4 +1528,4 @@ if __name__ == "__main__":
         print(f"{kill_and_rerun(chosen, quiet=False)} of {len(chosen)} identical to the uninterrupted run")
     else:
         fmd.keep_freed_memory()
-        benchmark(*sys.argv[1:3], *map(int, sys.argv[3:4]))
+        benchmark(*sys.argv[1:3], *map(int, sys.argv[3:5]))
