@@ -285,8 +285,9 @@ def interpolate(x, n, r):
 def prediction(F, u, z, delta, derivative=duration_derivative):
     """Prediction (paper, Eq. 7 to 9) -> F(z, δ), with gradient, and Δ_G = v_G - u(f(z, δ), 1 - δ).
 
-    A perfect student has δ F(z, δ) = ∫ u along the path. Differentiate in δ: F + δ ∂F/∂δ = u(f, 1 - δ).
-    It generates at the velocity the teacher has where the *student* is. z (B, ...), delta (B,)."""
+    A perfect student has δ F(z, δ) = ∫ u along the path. Take the derivative in δ:
+    F + δ ∂F/∂δ = u(f, 1 - δ), it generates at the velocity the teacher has where the *student* is.
+    z (B, ...), delta (B,)."""
     average = F(z, delta)                                                             # (B, ...)
     with torch.no_grad():                                                             # sg: all else is target
         f = z + expand(delta, z) * average
