@@ -1449,6 +1449,16 @@ def test_shipped_weights_make_digits(name):
     assert x[:, :, 10:18, 10:18].mean() > x[:, :, :4].mean() + 0.3
 
 
+def test_the_readmes_own_teacher_example(tmp_path):
+    code = re.search(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)[1]
+    (tmp_path / "example.py").write_text("import torch; torch.manual_seed(0)\n" + code)
+    env = {**os.environ, "PYTHONPATH": str(HERE)}
+    done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(re.search(r"median distance ([0-9.]+)", done.stdout)[1]) < 0.15
+    assert Image.open(tmp_path / "points.png").size == (600, 600)
+
+
 def test_readme_explains_every_flag():
     text = (HERE / "README.md").read_text()
     flags = {f"--{f.name.replace('_', '-')}" for f in fmd.dataclasses.fields(fmd.Settings)}
