@@ -701,6 +701,8 @@ def trim(log, done):
     lines = log.read_text().splitlines(keepends=True) if log.exists() else []
     kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= done]
     write(log, lambda f: f.write("".join(kept).encode()))
+
+
 def flops(config, s, rows):
     """Model FLOPs of a training step on that many samples, the number the utilisation (MFU) is made with.
 
@@ -760,9 +762,9 @@ def train(s):
         here = terms.pop("here")
         pending.append(torch.stack([*terms.values(), here]))
         done, stop = step + 1, anywhere(signals != [])
-        last = done == s.steps or stop
-        logged, evaluated, saved = (last or done % n == 0 for n in (s.log_every, s.eval_every, s.ckpt_every))
-        if not (logged or evaluated or saved or device.type == "cpu"):
+        logged, evaluated, saved = (done == s.steps or done % n == 0
+                                    for n in (s.log_every, s.eval_every, s.ckpt_every))
+        if not (logged or evaluated or saved or stop or device.type == "cpu"):
             continue
         found = torch.stack(pending).tolist()                        # the one wait for the device
         for at, (*values, here) in enumerate(found, start=done - len(found) + 1):
@@ -770,8 +772,8 @@ def train(s):
                 if not math.isfinite(value):
                     began = [r for r in range(world) if anywhere(r == rank and not math.isfinite(here))]
                     raise FloatingPointError(
-                        f"{name} is {value} at step {at} (first on rank {began}): stopped before the "
-                        f"optimiser; checkpoints in {s.folder} are untouched")
+                        f"{name} is {value} at step {at} (from rank {began or 'none: overflow'}): stopped before "
+                        f"the optimiser; checkpoints in {s.folder} are untouched")
         pending.clear()
         if rank == 0 and (logged or evaluated):
             seconds = (time.perf_counter() - clock) / (done - since)
@@ -789,7 +791,7 @@ def train(s):
                 say("  ".join(f"{k} {value:.4g}" for k, value in line.items())
                     + f"  ms/step {1e3 * seconds:.0f}  left {left}")
             clock, since = time.perf_counter(), done
-        if rank == 0 and saved:
+        if rank == 0 and (saved or stop):
             save_checkpoint(s, parts, done, identity)
         if stop:
             break

@@ -1194,6 +1194,7 @@ def test_a_signal_finishes_the_step_and_saves(work, monkeypatch, capsys, number)
     handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
     assert run(*args, "--out", "cut") == 0
     assert f"stopped by {number.name} after step 2" in capsys.readouterr().out
+    assert torch.load("cut/ckpt.pt", weights_only=True)["step"] == 2
     assert logged("cut/metrics.jsonl") == [1, 2] and not Path("cut/student.pt").exists()
     assert handlers == [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
     assert run(*args, "--out", "cut") == 0
