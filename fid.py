@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: MIT
-"""FID and its relatives in one file, with the numbers of the evaluator that papers on ImageNet use (ADM's, a
-TensorFlow graph of 2015).
+"""FID and its relatives in one file, with the numbers of the evaluator that papers on ImageNet use: ADM's, a
+TensorFlow graph of 2015.
 
 Two sets of images are compared through the activations of an Inception-v3 classifier. With mean μ and
 covariance Σ of 2,048 features over each set, the Frechet inception distance (arXiv 1706.08500) is that of
 two Gaussians:
 
-  FID        |μ1 - μ2|² + tr(Σ1 + Σ2 - 2 (Σ1 Σ2)^1/2)        features: pool_3, the last layer's global mean
-  sFID       the same formula (arXiv 2103.03841)              7 channels of a 17x17 map, not pooled: layout
-  IS         exp E_x KL(p(y|x) | p(y)) (arXiv 1606.03498)     class probabilities p; no reference
-  precision  share of samples among the reference's pool_3    inside some reference image's ball, which
-  recall     share of the reference among the samples'        reaches to its 3rd neighbour (arXiv 1904.06991)
+  FID        |μ1 - μ2|² + tr(Σ1 + Σ2 - 2 (Σ1 Σ2)^1/2) of pool_3, the last map's mean over 8x8 pixels
+  sFID       the same of 7 channels of a 17x17 map, not pooled: sees layout (arXiv 2103.03841)
+  IS         exp E_x KL(p(y|x) | p(y)) with the class probabilities p; has no reference (arXiv 1606.03498)
+  precision  share of the samples that lie in the reference's manifold, balls around its features as wide as
+             the distance to their 3rd neighbour (arXiv 1904.06991)
+  recall     share of the reference that lies in the samples' manifold
 
 All depend on what looks harmless: how images are resized and scaled, a pooling layer's border, the number of
 images (FID is biased upwards by about 1/N), their order (IS). Comments marked TF name what this file
@@ -29,6 +30,7 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import sys
@@ -91,7 +93,7 @@ def inception():
     """The network with random weights of sane scale (for tests), under the published file's names."""
     blocks = [tv.BasicConv2d, MixedA, tv.InceptionB, MixedC, tv.InceptionD, MixedE, tv.InceptionAux]
     net = tv.Inception3(1008, aux_logits=False, inception_blocks=blocks, init_weights=False)
-    net.Mixed_7c.pool = max_pool                        # TF: the last block takes the maximum; see pytorch-fid
+    net.Mixed_7c.pool = max_pool                        # TF: the maximum, in the last block alone
     draw = torch.Generator().manual_seed(0)
     for weight in net.parameters():
         if weight.ndim > 1:
@@ -100,44 +102,41 @@ def inception():
 
 
 def load_inception(weights=None, device="cpu"):
-    """-> the network, ready for features(), and what weights it has. weights: a path, "random", or None for
-    the published file, downloaded once to torch's hub cache. Raises ValueError or OSError."""
+    """-> the network, ready for features(), and which weights it has: "published", "random" or the file.
+
+    weights: a file, "random", or None for the published one, downloaded once. ValueError if unusable."""
     net, told = inception(), "random"
     if weights != "random":
-        path = Path(weights or Path(torch.hub.get_dir(), "checkpoints", URL.rsplit("/", 1)[1]))
-        if not weights and not path.exists():
-            fetch(path)
+        path = Path(weights) if weights else fetch()
         try:
             data = path.read_bytes()
-        except OSError as e:
-            raise ValueError(f"--weights {path}: {e.strerror}; give the file of {URL}, or random") from None
-        published = hashlib.sha256(data).hexdigest() == SHA256
-        if not weights and not published:
-            raise ValueError(f"{path}: its SHA-256 is not {SHA256}; delete it, to fetch it again from {URL}")
-        told = "published" if published else f"{path} (not the published ones)"
-        try:
-            net.load_state_dict(dict(torch.load(path, map_location="cpu", weights_only=True)))
+            told = "published" if hashlib.sha256(data).hexdigest() == SHA256 else str(path)
+            if told == "published" or weights:
+                state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+                net.load_state_dict(dict(state))        # strict, but for num_batches_tracked
         except Exception as e:                          # a damaged file fails in many ways
             raise ValueError(f"--weights {path}: not the weights of this network ({type(e).__name__}: "
-                             f"{' '.join(str(e).split())[:120]}); they are at {URL}") from None
+                             f"{' '.join(str(e).split())[:150]}); they are at {URL}") from None
+        if told != "published" and not weights:
+            raise ValueError(f"{path}: its SHA-256 is not {SHA256}; delete it to fetch {URL} again")
     for unit in net.modules():
-        if isinstance(unit, tv.BasicConv2d):            # for speed; moves the features by 1e-6
+        if isinstance(unit, tv.BasicConv2d):            # for speed; moves the features by about 1e-6
             unit.conv, unit.bn = fuse_conv_bn_eval(unit.conv, unit.bn), torch.nn.Identity()
     return net.to(device, memory_format=torch.channels_last).requires_grad_(False), told
 
 
-def fetch(path):
-    """Download the published weights to path, by one process of a machine, and check them."""
-    rank, world = processes()
-    error = None
-    if int(os.environ.get("LOCAL_RANK", rank)) == 0:
+def fetch():
+    """-> the published weights in torch's hub cache, downloaded by one process of a machine if missing."""
+    path, error = Path(torch.hub.get_dir(), "checkpoints", URL.rsplit("/", 1)[1]), None
+    if not path.exists() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(URL, str(path), hash_prefix=SHA256, progress=True)
+            torch.hub.download_url_to_file(URL, str(path), hash_prefix=SHA256)
         except (OSError, RuntimeError) as e:
             error = (f"Inception weights: no download ({e}); fetch {URL} by other means (SHA-256 {SHA256}) "
                      f"and put it at {path}, or name it with --weights")
     agree(error)
+    return path
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -188,7 +187,7 @@ def features(net, images):
         for name, layer in net.named_children():                                      # in order of execution
             if name == "avgpool":
                 break
-            x = layer(x)                                                              # ends at (N, 2048, 8, 8)
+            x = layer(x)                                                              # last (N, 2048, 8, 8)
             if name == "Mixed_6d":                                                    # (N, 768, 17, 17)
                 spatial = x[:, :7].permute(0, 2, 3, 1).reshape(len(x), SPATIAL)       # (N, 2023)
         return x.mean((2, 3)), spatial
@@ -230,14 +229,11 @@ class Moments:
 
 
 def factor(sigma):
-    """A covariance (d, d) -> F (d, rank) with F Fᵀ = sigma, float64: Cholesky's if it has full rank, else from
-    eigenvectors. Raises ValueError for one that is not finite, not symmetric or has negative eigenvalues."""
+    """A covariance (d, d) -> F (d, rank) with F F' = sigma, float64: Cholesky's at full rank, else from the
+    eigenvectors. Raises ValueError for one that is not symmetric, not finite or has negative eigenvalues."""
     sigma = torch.as_tensor(sigma, dtype=torch.float64)
-    if not sigma.isfinite().all():
-        raise ValueError("covariance is not finite")
-    if (sigma - sigma.T).abs().max() > 1e-6 * sigma.abs().max():
-        raise ValueError("covariance is not symmetric")
-    sigma = (sigma + sigma.T) / 2
+    if not (sigma - sigma.T).abs().max() <= 1e-6 * sigma.abs().max():                 # true for NaN
+        raise ValueError("covariance is not symmetric, or not finite")
     F, failed = torch.linalg.cholesky_ex(sigma)
     if failed:
         w, v = torch.linalg.eigh(sigma)                                               # ascending
@@ -251,15 +247,15 @@ def factor(sigma):
 def trace_root(sigma1, sigma2):
     """tr (sigma1 sigma2)^1/2 without the root of a matrix.
 
-    With sigma_i = F_i F_iᵀ the product has the squared singular values of K = F_1ᵀ F_2 for eigenvalues, so
-    their sum is the answer, exact for singular covariances too. Eigenvalues of K Kᵀ cost a quarter of an SVD,
-    but the root of one near zero keeps half the digits: they serve where that cannot be seen."""
+    With sigma_i = F_i F_i' the product's eigenvalues are the squared singular values of K = F_1' F_2: the
+    answer is their sum, exact for singular covariances too. The eigenvalues of K K' cost a quarter of them,
+    but the root of one near zero has half the digits: they serve where that leaves 7 at the very least."""
     K = factor(sigma1).T @ factor(sigma2)                                             # (rank 1, rank 2)
     if K.shape == sigma1.shape:
         w = torch.linalg.eigvalsh(K @ K.T)                                            # ascending
-        error = len(w) ** 0.5 * torch.finfo(w.dtype).eps * w[-1]                      # of each
-        if (error / w.clamp(min=error).sqrt()).sum() < 1e-9 * w.clamp(min=0).sqrt().sum():
-            return w.sqrt().sum().item()
+        error = torch.finfo(w.dtype).eps * w[-1]                                      # of each
+        if (error / w.clamp(min=error).sqrt()).sum() < 1e-7 * w.clamp(min=0).sqrt().sum():
+            return w.clamp(min=0).sqrt().sum().item()
     return torch.linalg.svdvals(K).sum().item()
 
 
@@ -300,7 +296,7 @@ def precision_recall(samples, reference, k=3, half=False, rows=1000):
         d = expand(u.half(), v.half()).float() if half else None
         return d if half and d.isfinite().all() else expand(u, v)
 
-    def radii(x):                                                                     # the nearest is x itself
+    def radii(x):                                                                     # nearest is x itself
         return torch.cat([squared(u, x).topk(k + 1, largest=False).values[:, k] for u in x.split(rows)])
 
     def inside(x, centres):
@@ -314,9 +310,12 @@ def precision_recall(samples, reference, k=3, half=False, rows=1000):
 
 
 # -----------------------------------------------------------------------------------------------------------
-# 4. Inputs: what a path holds, and its images in batches
+# 4. Inputs: what a path holds, and its images in batches. Processes take whole batches in turn: in other
+#    company an image's features might round differently.
 # -----------------------------------------------------------------------------------------------------------
 
+METRICS = ("fid", "sfid", "is", "pr")
+KEYS = {"fid": ("mu", "sigma", POOL), "sfid": ("mu_s", "sigma_s", SPATIAL)}     # of statistics in a file
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 
 
@@ -324,40 +323,38 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 class Side:
     """One side of a comparison. batches(size, rank, world, workers) yields (index of the first, images)."""
     path: str
-    count: int = None                                   # of images; None: unknown, for statistics made elsewhere
-    source: str = ""
+    count: int = None                                   # of images; None: of statistics made elsewhere
     batches: object = None                              # None: there are statistics alone
-    stats: dict = dataclasses.field(default_factory=dict)     # "fid": (mu, sigma), "sfid": (mu_s, sigma_s)
-    adm: bool = False                                   # images and both kinds of statistics: a batch of ADM's
+    stats: dict = dataclasses.field(default_factory=dict)                     # metric: (mu, sigma), see KEYS
 
 
 def open_side(path, span=None):
-    """Look into a folder or .npz -> Side. Images are not read yet. Raises ValueError naming path and fix."""
+    """A folder or .npz -> Side, its images not yet read. Raises ValueError naming the path."""
     path = Path(path)
     if path.is_dir():
-        files = sorted(str(f) for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
-        side = Side(str(path), len(files), "folder", lambda *a: folder_batches(files, *a))
+        files = sorted(str(f) for f in path.rglob("*") if f.suffix.lower() in SUFFIXES)
+        side = Side(str(path), len(files), lambda *a: folder_batches(files, *a))
     elif not path.is_file():
         raise ValueError(f"{path}: no such folder or .npz file")
     else:
         side = Side(str(path))
-        with reading(path), zipfile.ZipFile(path) as archive:
-            names = {name.removesuffix(".npy") for name in archive.namelist()}
-            with np.load(path, allow_pickle=False) as data:                           # reads what is asked for
-                for metric, mu, sigma, dim in (("fid", "mu", "sigma", POOL), ("sfid", "mu_s", "sigma_s", SPATIAL)):
-                    if mu in names and sigma in names:
-                        side.stats[metric] = statistics(data[mu], data[sigma], dim, mu)
-                side.count = int(data["count"]) if side.stats and "count" in names else None
-            side.source = "statistics" if side.stats else "arr_0"
-            if "arr_0" in names:
+        with reading(path), zipfile.ZipFile(path) as archive, np.load(path) as data:  # np.load is lazy
+            for metric, (mu, sigma, dim) in KEYS.items():
+                if mu in data and sigma in data:
+                    mean, cov = side.stats[metric] = [data[key].astype(np.float64) for key in (mu, sigma)]
+                    if mean.shape != (dim,) or cov.shape != (dim, dim) or not np.isfinite(mean).all():
+                        raise ValueError(f"{mu} {mean.shape}, {sigma} {cov.shape}: need {dim} finite numbers")
+                    factor(cov)                                                       # raises what is wrong
+            if "arr_0" in data:
                 with archive.open("arr_0.npy") as f:
-                    shape = array_header(f, span)[0]
+                    side.count = array_header(f, span)[0][0]
                 side.batches = lambda *a: array_batches(path, span, *a)
-                side.count, side.source = shape[0], "arr_0 and statistics" if side.stats else "arr_0"
-            elif not side.stats:
-                raise ValueError(f"holds {', '.join(sorted(names)) or 'nothing'}; need arr_0, or mu and sigma")
-    if side.count is not None and side.count < 2:
-        raise ValueError(f"{path}: {side.count or 'no'} image{'s' * (side.count != 1)}; a covariance needs 2")
+            elif side.stats:
+                side.count = int(data["count"]) if "count" in data else None
+            else:
+                raise ValueError(f"holds {', '.join(data) or 'nothing'}; need arr_0, or mu and sigma")
+    if side.count in (0, 1):
+        raise ValueError(f"{path}: {side.count or 'no'} image(s); a covariance needs at least 2")
     return side
 
 
@@ -366,78 +363,66 @@ def reading(path):
     """Whatever a damaged or unsuited .npz raises becomes a ValueError of one line that names it."""
     try:
         yield
-    except zipfile.BadZipFile as e:
-        raise ValueError(f"{path}: not an .npz file, or a truncated one ({e})") from None
     except Exception as e:
-        said = str(e) if type(e) is ValueError else f"cannot be read ({type(e).__name__}: {e})"
+        said = str(e) if type(e) is ValueError else f"not an .npz, or damaged ({type(e).__name__}: {e})"
         raise ValueError(f"{path}: {' '.join(said.split())}") from None
-
-
-def statistics(mu, sigma, dim, name):
-    """Checked mean and covariance."""
-    if mu.shape != (dim,) or sigma.shape != (dim, dim):
-        raise ValueError(f"{name} is {mu.shape} with a covariance {sigma.shape}; need ({dim},), ({dim}, {dim})")
-    if not np.isfinite(mu).all():
-        raise ValueError(f"{name} is not finite")
-    factor(sigma)
-    return mu.astype(np.float64), sigma.astype(np.float64)
 
 
 def array_header(f, span):
     """The head of an .npy stream -> shape, dtype; f is then at the first image."""
     version = np.lib.format.read_magic(f)
-    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-    shape, by_columns, dtype = read(f)
-    if len(shape) != 4 or shape[3] not in (1, 3) or 0 in shape[1:3]:
-        raise ValueError(f"arr_0 is {shape}; need N x H x W x 3 (or 1)")
+    shape, by_columns, dtype = getattr(np.lib.format, f"read_array_header_{version[0]}_0")(f)
+    if len(shape) != 4 or shape[3] not in (1, 3) or 0 in shape[1:]:
+        raise ValueError(f"arr_0 is {shape}; need N x H x W x 3, or x 1 for grey")
     if by_columns:
         raise ValueError("arr_0 is stored in column order; save np.ascontiguousarray of it")
     if dtype != np.uint8 and not (dtype.kind == "f" and span):
-        raise ValueError(f"arr_0 is {dtype}; need uint8, or floats whose range --range LOW HIGH tells")
+        raise ValueError(f"arr_0 is {dtype}; need uint8, or floats with --range LOW HIGH")
     return shape, dtype
 
 
 def array_batches(path, span, size, rank, world, workers):
-    """Batches of an .npz's arr_0, read in passing: one is in memory at a time, compressed or not."""
+    """Batches of an .npz's arr_0, compressed or not, read in passing: one is in memory at a time."""
     with reading(path), zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as f:
         (count, *shape), dtype = array_header(f, span)
-        for i, start in enumerate(range(0, count, size)):
+        for start in range(0, count, size):
             n = min(size, count - start)
             data = f.read(n * int(np.prod(shape)) * dtype.itemsize)
             images = np.frombuffer(data, dtype).reshape(n, *shape)
-            if i % world != rank:
+            if start // size % world != rank:
                 continue
             if dtype != np.uint8:
                 low, high = span
-                if not ((images >= low) & (images <= high)).all():                    # false for NaN too
+                if not ((low <= images) & (images <= high)).all():                    # false for NaN too
                     raise ValueError(f"arr_0 has NaN or values outside --range {low:g} {high:g}")
                 images = ((images - low) * (255 / (high - low)) + 0.5).astype(np.uint8)
             yield start, torch.tensor(images).expand(*images.shape[:3], 3)            # grey: three times
 
 
 def folder_batches(files, size, rank, world, workers):
-    """Batches of image files, decoded by worker processes. Every size-th block goes to one process whole: a
-    network may round differently in another batch."""
-    blocks = [range(i, min(i + size, len(files))) for i in range(0, len(files), size)][rank::world]
+    """Batches of image files, decoded by worker processes."""
+    starts = range(rank * size, len(files), world * size)
+    blocks = [range(start, min(start + size, len(files))) for start in starts]
     loader = torch.utils.data.DataLoader(files, batch_sampler=blocks, collate_fn=decode, num_workers=workers)
-    for block, images in zip(blocks, loader):
+    for start, images in zip(starts, loader):
         if isinstance(images, Exception):
             raise images
-        yield block[0], images
+        yield start, images
 
 
 def decode(paths):
-    """Image files -> (N, H, W, 3) uint8, or (N, 299, 299, 3) float32 for sizes that differ; a ValueError, for
-    the main process to raise, if one cannot be read. Alpha is dropped and EXIF ignored, as elsewhere."""
+    """Image files -> (N, H, W, 3) uint8, or (N, 299, 299, 3) float32 if sizes differ, or, for the main
+    process to raise, a ValueError. Alpha is dropped and EXIF ignored, as by others."""
     images = []
     for path in paths:
         try:
             with Image.open(path) as image:
-                if image.mode[0] in "IF":               # convert() would clip them to 255, silently
-                    return ValueError(f"{path}: more than 8 bits a channel ({image.mode}); convert it first")
+                if image.mode[0] in "IF":               # convert() would clip them at 255 in silence
+                    raise ValueError(f"more than 8 bits a channel, mode {image.mode}")
                 images.append(torch.from_numpy(np.array(image.convert("RGB"))))
         except Exception as e:                          # decoders raise anything
-            return ValueError(f"{path}: not a readable image ({type(e).__name__}: {' '.join(str(e).split())})")
+            said = " ".join(str(e).split())
+            return ValueError(f"{path}: not a readable image ({type(e).__name__}: {said})")
     if len({image.shape for image in images}) == 1:
         return torch.stack(images)
     return torch.cat([resize(image[None]) for image in images])
@@ -447,16 +432,13 @@ def decode(paths):
 # 5. The evaluation, by one process or several
 # -----------------------------------------------------------------------------------------------------------
 
-METRICS, KEYS = ("fid", "sfid", "is", "pr"), {"fid": "mu, sigma", "sfid": "mu_s, sigma_s"}
-
-
 def processes():
     """-> rank, number of processes in the group."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def agree(error):
-    """Raise ValueError in all processes if there is an error in any: none is left waiting for another."""
+    """Raise ValueError in every process if any has an error: none is left waiting for another."""
     errors = [error] * processes()[1]
     if len(errors) > 1:
         dist.all_gather_object(errors, error)
@@ -477,23 +459,21 @@ def write(path, save):
         temporary.unlink(missing_ok=True)
 
 
-def measure(side, net, wanted, keep, batch, workers):
-    """One pass over a side's images -> {"fid", "sfid": Moments} as wanted, pool_3 (N, 2048) if to keep."""
-    rank, world = processes()
-    device, error = net.fc.weight.device, None
-    if workers is None:
-        workers = min(8, max(1, (os.cpu_count() or 1) // world))
+def measure(side, net, wanted, keep, batch=None, workers=None):
+    """One pass over a side's images, shared among the processes -> {metric: Moments} for those wanted, of
+    "fid" and "sfid"; and pool_3 (N, 2048) in order, if to keep."""
+    (rank, world), device, error = processes(), net.fc.weight.device, None
+    batch = batch or (16 if device.type == "cpu" else 128)
+    workers = min(8, max(1, os.cpu_count() // world)) if workers is None else workers
     exact = "cpu" if device.type == "mps" else device                                 # MPS has no float64
-    moments = {name: Moments(POOL if name == "fid" else SPATIAL, exact) for name in wanted}
+    moments = {metric: Moments(KEYS[metric][2], exact) for metric in wanted}
     pool = torch.zeros(side.count if keep else 0, POOL, device=device)
-    bar = tqdm(total=side.count, desc=side.path, unit=" images", disable=rank > 0 or not sys.stderr.isatty())
+    bar = tqdm(total=side.count, desc=side.path, unit="img", disable=rank > 0 or not sys.stderr.isatty())
     try:
         for start, images in side.batches(batch, rank, world, workers):
-            rows = dict(zip(("fid", "sfid"), features(net, images)))
-            if not rows["fid"].isfinite().all():
-                raise ValueError(f"{side.path}: features are not finite; are the weights damaged?")
-            for name, m in moments.items():
-                m.add(rows[name])
+            rows = dict(zip(KEYS, features(net, images)))
+            for metric in wanted:
+                moments[metric].add(rows[metric])
             if keep:
                 pool[start:start + len(images)] = rows["fid"]
             bar.update(min(len(images) * world, side.count - bar.n))
@@ -505,24 +485,31 @@ def measure(side, net, wanted, keep, batch, workers):
         m.reduce()
     if keep and world > 1:
         dist.all_reduce(pool)                                                         # others' rows are 0
+    if not all(sums.isfinite().all() for sums in (pool, *(m.sum for m in moments.values()))):
+        raise ValueError(f"{side.path}: features are not finite; are the weights damaged?")
     return moments, pool
 
 
-def evaluate(samples, reference=None, metrics=None, device="cpu", batch=16, weights=None, workers=None,
+def evaluate(samples, reference=None, metrics=None, device="cpu", batch=None, weights=None, workers=None,
              save_stats=None, half=False, span=None):
-    """Paths -> {"fid", "sfid", "is", "precision", "recall", "samples", "reference", "weights", "notes"}: the
-    metrics (0..1 for the last two), what was read, and warnings. In a process group all call it, and get the
-    same. metrics: some of fid, sfid, is, pr; None: all that the two allow. weights: see load_inception. span:
-    (low, high) of float images. half: see precision_recall. Raises ValueError, OSError."""
-    a, b = open_side(samples, span), open_side(reference, span) if reference else None
+    """Two paths -> {"fid", "sfid", "is", "precision", "recall" (the last two in 0..1), "weights", "samples",
+    "reference" (what was read), "notes" (warnings)}. In a process group all call it and get the same.
+
+    metrics: some of METRICS; None: all that the two allow. weights: see load_inception. half: see
+    precision_recall. span: (low, high) of images stored as floats. Raises ValueError, OSError."""
+    sides = {"samples": open_side(samples, span)}
+    if reference:
+        sides["reference"] = open_side(reference, span)
+    a, b = sides["samples"], sides.get("reference")
+    adm = b and b.batches and len(b.stats) == 2         # images and both statistics: a batch of ADM's
 
     def lacks(metric):
-        """What a metric misses, None if nothing: statistics, which come before images, or images."""
+        """What a metric misses, or None. Statistics in a file come before its images, as in ADM's code."""
         for side in (a,) if metric == "is" else (a, b):
             if not side:
                 return "needs a REFERENCE"
             if not (metric in side.stats if side.stats and metric in KEYS else side.batches):
-                return f"{side.path} has {side.source}, but no {KEYS.get(metric, 'images')}"
+                return f"{side.path} has no {' and '.join(KEYS.get(metric, ['images'])[:2])}"
 
     metrics = [m for m in METRICS if b and not lacks(m)] if metrics is None else metrics
     for metric in metrics:
@@ -530,46 +517,49 @@ def evaluate(samples, reference=None, metrics=None, device="cpu", batch=16, weig
         if fault:
             raise ValueError(f"--metrics {metric}: {fault}")
     if not metrics and not save_stats:
-        raise ValueError("nothing to compute: give a REFERENCE, --metrics is or --save-stats FILE")
-    if save_stats and (a.stats or not Path(save_stats).parent.is_dir()):
-        fault = f"{a.path} has statistics already" if a.stats else "no such folder"
+        raise ValueError("nothing to compute: give a REFERENCE, --metrics is or --save-stats F.npz")
+    if save_stats and (a.stats or not Path(save_stats).parent.is_dir() or Path(save_stats).is_dir()):
+        fault = f"{a.path} holds statistics itself" if a.stats else "not a file in an existing folder"
         raise ValueError(f"--save-stats {save_stats}: {fault}")
 
-    result, notes, net, pools = {}, [], None, []
-    for side in filter(None, (a, b)):
-        wanted = [m for m in KEYS if (m in metrics and m not in side.stats) or (save_stats and side is a)]
+    result, notes, net, pools = {}, [], None, {}
+    for name, side in sides.items():
         keep = "pr" in metrics or ("is" in metrics and side is a)
-        pools.append(None)
+        wanted = [m for m in KEYS if (m in metrics and m not in side.stats) or (save_stats and side is a)]
+        source = ["statistics in the file"] if side.stats else []
         if wanted or keep:
             if net is None:
                 net, result["weights"] = load_inception(weights, device)
-            moments, pools[-1] = measure(side, net, wanted, keep, batch, workers)
+            moments, pools[name] = measure(side, net, wanted, keep, batch, workers)
             side.stats |= {metric: m.mean_cov() for metric, m in moments.items()}
-            side.source += f", {side.count} images read"
-            if side.count < 2048:
-                notes.append(f"{side.path}: {side.count} images are few: below 2048 FID is far too high")
-    if result.get("weights", "published") != "published":
-        notes.append(f"MEANINGLESS NUMBERS, fit for a trial run: the weights are {result['weights']}"
-                     if weights == "random" else f"not comparable with others' numbers: weights {weights}")
-    if b and b.adm and a.count != 50_000:
-        notes.append(f"{a.path}: {a.count} images; numbers against an ADM reference batch are of 50000")
+            source.append("images")
+        result[name] = {"path": side.path, "count": side.count, "source": " and ".join(source)}
+        if side.count and side.count < 2048:
+            notes.append(f"{side.path}: {side.count} images are few; below 2048 FID is far too high")
+    if adm and a.count != 50_000:
+        notes.append(f"{a.path}: {a.count} images; published numbers against ADM's batches are of 50000")
+    if result.get("weights") == "random":
+        notes.append("random weights: THE NUMBERS ARE MEANINGLESS, fit for a trial run")
+    elif result.get("weights", "published") != "published":
+        notes.append(f"--weights {weights}: not the published file, so numbers are not comparable")
     if save_stats and processes()[0] == 0:
-        (mu, sigma), (mu_s, sigma_s) = a.stats["fid"], a.stats["sfid"]
-        write(save_stats, lambda f: np.savez(f, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s, count=a.count))
+        arrays = {key: a.stats[metric][i] for metric in KEYS for i, key in enumerate(KEYS[metric][:2])}
+        write(save_stats, lambda f: np.savez(f, **arrays, count=a.count))
 
     for metric in KEYS:
         if metric in metrics:
             result[metric] = frechet_distance(*a.stats[metric], *b.stats[metric])
     if "is" in metrics:
         with plain_float32(device):
-            logits = pools[0] @ net.fc.weight.T                                       # TF: without the bias
+            logits = pools["samples"] @ net.fc.weight.T                               # TF: without the bias
         result["is"] = inception_score(logits)
-        mixed = inception_score(logits[torch.randperm(len(logits), generator=torch.Generator().manual_seed(0))])
+        order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(0))
+        mixed = inception_score(logits[order])
         if result["is"] < 0.9 * mixed:
-            notes.append(f"{a.path}: sorted by class? In random order IS is {mixed:.2f}, see inception_score")
+            notes.append(f"{a.path}: sorted by class? IS is {mixed:.2f} in random order: see inception_score")
     if "pr" in metrics:
-        result["precision"], result["recall"] = precision_recall(*pools, half=half)
-    return result | {"samples": [a.path, a.source], "reference": b and [b.path, b.source], "notes": notes}
+        result["precision"], result["recall"] = precision_recall(*pools.values(), half=half)
+    return result | {"notes": notes}
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -577,67 +567,74 @@ def evaluate(samples, reference=None, metrics=None, device="cpu", batch=16, weig
 # -----------------------------------------------------------------------------------------------------------
 
 def parse(argv):
-    parser = argparse.ArgumentParser(prog="fid.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
-                                     epilog=__doc__[__doc__.index("  python fid.py"):],
+    usage = __doc__.index("  python fid.py")
+    parser = argparse.ArgumentParser(prog="fid.py", description=__doc__[:usage].strip(), allow_abbrev=False,
+                                     epilog=__doc__[usage:],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"fid.py: {message}\n")
     add = parser.add_argument
     add("samples", metavar="SAMPLES", help="folder of images or .npz")
-    add("reference", metavar="REFERENCE", nargs="?", help="folder of images or .npz, such as an ADM batch")
-    add("--metrics", type=lambda text: text.split(","), help="of fid,sfid,is,pr (default: all that is possible)")
+    add("reference", metavar="REFERENCE", nargs="?", help="the same")
+    add("--metrics", help="of fid,sfid,is,pr (default: all that the two allow)")
     add("--save-stats", metavar="F.npz", help="write the statistics of SAMPLES")
-    add("--weights", metavar="F", help="Inception weights: a file, or random (default: the published, fetched)")
-    add("--range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="of images stored as floats; rounded to 8 bits")
-    add("--adm-half", action="store_true", help="precision and recall from float16 distances, as ADM's")
+    add("--weights", metavar="F", help="Inception weights: a file, or random (default: published, fetched)")
+    add("--range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="of images stored as floats")
+    add("--adm-half", action="store_true", help="precision and recall by float16 distances, as ADM's")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:N or mps")
-    add("--batch", type=int, default=16, help="images at a time (16)")
-    add("--workers", type=int, help="processes that decode images (default: one a core, 8 at most)")
-    add("--json", action="store_true", help="print one line of JSON")
+    add("--batch", type=int, help="images at a time (default: 16 on a CPU, else 128)")
+    add("--workers", type=int, help="processes that decode images (default: one a core, at most 8)")
+    add("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
     kind, _, index = args.device.partition(":")
-    rules = [("batch", args.batch >= 1, "must be at least 1"),
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    low, high = args.range or (0, 1)
+    rules = [("batch", args.batch is None or args.batch >= 1, "must be at least 1"),
              ("workers", args.workers is None or args.workers >= 0, "must be 0 or more"),
-             ("range", not args.range or -np.inf < args.range[0] < args.range[1] < np.inf, "must be LOW HIGH"),
-             ("device", kind in ("cpu", "cuda", "mps") and (index.isdigit() or not index), "choose cpu or cuda"),
-             ("device", kind != "cuda" or int(index or 0) < torch.cuda.device_count(), "no such GPU: use cpu"),
-             ("device", kind != "mps" or torch.backends.mps.is_available(), "not here: use cpu")]
+             ("range", -np.inf < low < high < np.inf, "must be LOW HIGH"),
+             ("device", kind in there and (index or "0").isdigit(), "choose cpu, cuda, cuda:N or mps"),
+             ("device", kind not in there or there[kind] > int(index or 0), "not here: use cpu")]
     for name, fine, fix in rules:
         if not fine:
-            raise ValueError(f"--{name} {vars(args)[name]}: {fix}")
+            value = vars(args)[name]
+            raise ValueError(f"--{name} {' '.join(map(str, value)) if name == 'range' else value}: {fix}")
     return args
 
 
 def main(argv=None):
-    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    joined = world > 1 and not dist.is_initialized()
+    rank, local, world = (int(os.environ.get(name, default)) for name, default in
+                          (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    joins = world > 1 and not dist.is_initialized()
     try:
         args = parse(argv)
-        device = args.device
-        if device == "cuda" and world > 1:
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
+        device = f"cuda:{local}" if args.device == "cuda" else args.device
+        if device.startswith("cuda"):
             torch.cuda.set_device(device)
-        if joined:
+        if joins:
             dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-        result = evaluate(args.samples, args.reference, args.metrics, device, args.batch, args.weights,
+        metrics = args.metrics.split(",") if args.metrics else None
+        result = evaluate(args.samples, args.reference, metrics, device, args.batch, args.weights,
                           args.workers, args.save_stats, args.adm_half, args.range)
     except (ValueError, OSError) as e:
         if rank == 0:
             print(f"fid.py: {e}", file=sys.stderr)
         return 2
     finally:
-        if joined and dist.is_initialized():
+        if joins and dist.is_initialized():
             dist.destroy_process_group()
     if rank == 0:
         for note in result["notes"]:
             print(f"note: {note}", file=sys.stderr)
-        print(json.dumps(result) if args.json else table(result))
+        if args.json:
+            print(json.dumps(result))
+            return 0
+        for name in ("samples", "reference"):
+            if name in result:
+                print(f"{name:10} {{path}}: {{count}} images ({{source}})".format(**result[name]))
+        print(f"{'weights':10} {result.get('weights', 'not needed')}")
+        for name in ("fid", "sfid", "is", "precision", "recall"):
+            if name in result:
+                print(f"{name:10} {result[name]:.5f}")
     return 0
-
-
-def table(result):
-    sides = [f"{name:10} {': '.join(result[name])}" for name in ("samples", "reference") if result[name]]
-    values = [f"{name:10} {value:.6g}" for name, value in result.items() if type(value) is float]
-    return "\n".join(sides + [f"{'weights':10} {result.get('weights', 'not needed')}"] + values)
 
 
 if __name__ == "__main__":

@@ -761,21 +761,542 @@ def test_frechet_distance_closed_forms():
     rng = np.random.default_rng(0)
     q = np.linalg.qr(rng.normal(size=(6, 6)))[0]
     a, b = rng.uniform(0.1, 3, 6), rng.uniform(0.1, 3, 6)
-    b[:3] = 0  # a singular one
-    want = 5 * 0.25 + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()  # commuting covariances
     mu = np.array([0.5] * 5 + [0])
-    got = fid.frechet_distance(np.zeros(6), q @ np.diag(a) @ q.T, mu, q @ np.diag(b) @ q.T)
-    assert got == pytest.approx(want, rel=1e-7)
-    few = rng.normal(size=(4, 6))  # fewer rows than dimensions
-    sigma = np.cov(few, rowvar=False)
-    assert abs(fid.frechet_distance(mu, sigma, mu, sigma)) < 1e-10
+    for singular in (0, 3, 5, 6):  # commuting covariances, of every rank
+        b[:singular] = 0
+        want = 5 * 0.25 + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
+        pair = (np.zeros(6), q @ np.diag(a) @ q.T), (mu, q @ np.diag(b) @ q.T)
+        assert fid.frechet_distance(*pair[0], *pair[1]) == pytest.approx(want, rel=1e-12)
+        assert fid.frechet_distance(*pair[1], *pair[0]) == pytest.approx(want, rel=1e-12)
+    u, v = rng.normal(size=(2, 6))  # rank one each: tr (u u' v v')^1/2 = |u'v|
+    want = u @ u + v @ v - 2 * abs(u @ v)
+    assert fid.frechet_distance(mu, np.outer(u, u), mu, np.outer(v, v)) == pytest.approx(want, rel=1e-10)
+    few = np.cov(rng.normal(size=(4, 6)), rowvar=False)  # fewer rows than dimensions
+    assert abs(fid.frechet_distance(mu, few, mu, few)) < 1e-10
     for bad, message in (
         (np.eye(5), "shapes"),
         (np.triu(np.ones((6, 6))), "symmetric"),
         (-np.eye(6), "negative"),
+        (np.diag([1, 1, 1, 1, 1, -1e-3]), "negative"),
+        (np.full((6, 6), np.nan), "not finite"),
     ):
         with pytest.raises(ValueError, match=message):
             fid.frechet_distance(mu, np.eye(6), mu, bad)
+
+
+@pytest.mark.parametrize("lowest", [1e-1, 1e-6, 1e-13])
+def test_frechet_distance_keeps_its_digits_at_small_eigenvalues(lowest):
+    rng = np.random.default_rng(1)
+    q = np.linalg.qr(rng.normal(size=(60, 60)))[0]
+    a, b = np.geomspace(lowest, 1, 60), rng.permutation(np.geomspace(lowest, 1, 60))
+    s1, s2, zero = q @ np.diag(a) @ q.T, q @ np.diag(b) @ q.T, np.zeros(60)
+    assert fid.frechet_distance(zero, s1, zero, s2) == pytest.approx(
+        ((np.sqrt(a) - np.sqrt(b)) ** 2).sum(), rel=1e-9
+    )
+    assert abs(fid.frechet_distance(zero, s1, zero, s1)) < 1e-9
+
+
+def test_moments_take_tensors_and_one_row_at_a_time():
+    rows = (
+        torch.randn(40, 5, generator=torch.Generator().manual_seed(0)) + 1000
+    )  # float32 sums would lose
+    moments = fid.Moments(5)
+    for row in rows:
+        moments.add(row[None])
+    assert np.allclose(moments.mean_cov()[1], np.cov(rows.double().numpy(), rowvar=False), rtol=1e-8)
+
+
+def tf_resize(image, size=299):
+    """TensorFlow 1's ResizeBilinear a pixel at a time, in float32 scalars. image (H, W) -> rows, columns
+    visited, values."""
+    f, (H, W) = np.float32, image.shape
+    at = sorted({*range(0, size, 23), *range(5), *range(size - 5, size)})
+    out = np.empty((len(at), len(at)), f)
+    for i, y in enumerate(at):
+        for j, x in enumerate(at):
+            v, u = f(y) * f(H / size), f(x) * f(W / size)
+            y0, x0 = int(np.floor(v)), int(np.floor(u))
+            y1, x1, dy, dx = min(y0 + 1, H - 1), min(x0 + 1, W - 1), v - f(y0), u - f(x0)
+            top = f(image[y0, x0]) + (f(image[y0, x1]) - f(image[y0, x0])) * dx
+            bottom = f(image[y1, x0]) + (f(image[y1, x1]) - f(image[y1, x0])) * dx
+            out[i, j] = top + (bottom - top) * dy
+    return at, out
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 2), (7, 5), (28, 28), (32, 64), (256, 256), (512, 301)])
+def test_resize_is_tensorflows_to_the_bit(shape):
+    image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    at, want = tf_resize(image)
+    got = fid.resize(torch.from_numpy(image)[None, :, :, None])
+    assert got.shape == (1, 299, 299, 1) and got.dtype == torch.float32
+    assert np.array_equal(got[0, :, :, 0].numpy()[np.ix_(at, at)], want)
+
+
+def test_resize_leaves_299_alone():
+    image = torch.randint(0, 256, (2, 299, 299, 3), dtype=torch.uint8)
+    assert torch.equal(fid.resize(image), image.float())
+
+
+def inception_names():
+    """Units in order, from the table of blocks."""
+    a = [
+        "branch1x1",
+        "branch5x5_1",
+        "branch5x5_2",
+        *(f"branch3x3dbl_{i}" for i in (1, 2, 3)),
+        "branch_pool",
+    ]
+    b = ["branch3x3", *(f"branch3x3dbl_{i}" for i in (1, 2, 3))]
+    c = ["branch1x1", *(f"branch7x7_{i}" for i in (1, 2, 3)), *(f"branch7x7dbl_{i}" for i in range(1, 6))]
+    d = ["branch3x3_1", "branch3x3_2", *(f"branch7x7x3_{i}" for i in range(1, 5))]
+    e = ["branch1x1", *(f"branch3x3_{i}" for i in ("1", "2a", "2b"))]
+    e += [*(f"branch3x3dbl_{i}" for i in ("1", "2", "3a", "3b")), "branch_pool"]
+    c.append("branch_pool")
+    names = [f"Conv2d_{n}" for n in ("1a_3x3", "2a_3x3", "2b_3x3", "3b_1x1", "4a_3x3")]
+    blocks = dict(zip("5b 5c 5d 6a 6b 6c 6d 6e 7a 7b 7c".split(), (a, a, a, b, c, c, c, c, d, e, e)))
+    return names + [f"Mixed_{block}.{unit}" for block, units in blocks.items() for unit in units]
+
+
+def test_inception_has_the_published_files_keys():
+    state = fid.inception().state_dict()
+    parts = ("conv.weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")
+    want = [f"{unit}.{part}" for unit in inception_names() for part in parts] + ["fc.weight", "fc.bias"]
+    got = {k: v for k, v in state.items() if "num_batches" not in k}
+    assert set(got) == set(want) and len(want) == 472 and len(state) == 566
+    assert sum(v.numel() for v in got.values()) == 23_885_392
+    assert sum(v.numel() for v in fid.inception().parameters()) == 23_850_960
+    assert (
+        got["fc.weight"].shape == (1008, 2048) and got["Mixed_5b.branch_pool.conv.weight"].shape[0] == 32
+    )
+    assert [got[f"Mixed_6{i}.branch7x7_1.conv.weight"].shape[0] for i in "bcde"] == [128, 160, 160, 192]
+
+
+@pytest.fixture(scope="module")
+def lively(tmp_path_factory):
+    """Random weights with batch norms that do something, as a file -> path, state dict."""
+    state, g = fid.inception().state_dict(), torch.Generator().manual_seed(1)
+    for name, value in state.items():
+        if ".bn." in name and "num" not in name:
+            draw = torch.rand(value.shape, generator=g)
+            state[name] = draw - 0.5 if "bias" in name or "mean" in name else 0.5 + draw
+        if name == "fc.bias":
+            state[name] = 5 * torch.randn(value.shape, generator=g)
+    state = {name: value for name, value in state.items() if "num_batches" not in name}
+    path = tmp_path_factory.mktemp("weights") / "lively.pth"
+    torch.save(state, path)
+    return path, state
+
+
+def pooled(x, how):
+    """3x3 pooling, stride 1, over the pixels that exist: shifts of an array padded with NaN."""
+    _, _, h, w = x.shape
+    padded = np.pad(x.double().numpy(), ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=np.nan)
+    shifts = [padded[:, :, i : i + h, j : j + w] for i in range(3) for j in range(3)]
+    return how(np.stack(shifts), axis=0)
+
+
+def test_features_against_the_unfolded_network_and_its_pools(lively):
+    path, state = lively
+    images = np.random.default_rng(0).integers(0, 256, (2, 40, 50, 3), dtype=np.uint8)
+    images = torch.from_numpy(images)
+    net, told = fid.load_inception(path)
+    assert told == str(path)
+    seen = {}
+    plain = fid.inception()
+    assert plain.load_state_dict(state, strict=False).unexpected_keys == []
+    for name, unit in plain.named_modules():
+        if name.endswith("branch_pool"):
+            unit.register_forward_pre_hook(lambda m, i, name=name: seen.update({name: i[0]}))
+        if name.startswith("Mixed") and "." not in name:
+            unit.register_forward_pre_hook(lambda m, i, name=name: seen.update({name: i[0].clone()}))
+        if name == "Mixed_6d.branch1x1":
+            unit.register_forward_hook(lambda m, i, o: seen.update(conv=o.clone()))
+    with torch.no_grad():
+        x = (fid.resize(images).permute(0, 3, 1, 2).contiguous() - 128) * 0.0078125
+        stem = "Conv2d_1a_3x3 Conv2d_2a_3x3 Conv2d_2b_3x3 maxpool1 Conv2d_3b_1x1 Conv2d_4a_3x3 maxpool2"
+        for stage in stem.split() + [f"Mixed_{i}" for i in "5b 5c 5d 6a 6b 6c 6d 6e 7a 7b 7c".split()]:
+            x = plain.get_submodule(stage)(x)
+    pool, spatial = fid.features(net, images)
+    scale = x.mean((2, 3)).abs().max()
+    assert pool.shape == (2, 2048) and scale > 0.1
+    assert (pool - x.mean((2, 3))).abs().max() < 1e-5 * scale
+    for block in "5b 5c 5d 6b 6c 6d 6e 7b 7c".split():
+        want = pooled(seen[f"Mixed_{block}"], np.nanmax if block == "7c" else np.nanmean)
+        assert np.allclose(seen[f"Mixed_{block}.branch_pool"], want, rtol=1e-4, atol=1e-5), block
+    conv = seen["conv"]  # (2, 192, 17, 17): channel last, the first seven
+    assert spatial.shape == (2, 2023) and conv.shape == (2, 192, 17, 17)
+    for y, x_, c in ((0, 0, 0), (0, 0, 6), (0, 1, 0), (1, 0, 0), (16, 16, 6), (3, 11, 2)):
+        assert torch.allclose(spatial[:, (y * 17 + x_) * 7 + c], conv[:, c, y, x_], rtol=1e-4, atol=1e-5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(fid.features(net, images)[0], pool)  # a caller's autocast stays outside
+    assert torch.allclose(fid.features(net, images[:1])[0], pool[:1], rtol=1e-5, atol=1e-6 * scale)
+
+
+def test_weights_are_checked(lively, tmp_path, monkeypatch):
+    path, state = lively
+    net = fid.load_inception(path)[0]
+    full = {**fid.inception().state_dict(), **state}  # with num_batches_tracked: 566 entries
+    cache = tmp_path / "hub/checkpoints" / fid.URL.rsplit("/", 1)[1]
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+    def offline(url, dst, hash_prefix, **_):
+        assert url == fid.URL and hash_prefix == fid.SHA256
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(ValueError, match="no route") as e:
+        fid.load_inception()
+    assert all(text in str(e.value) for text in (fid.URL, fid.SHA256, str(cache)))
+    torch.save(full, cache)
+    with pytest.raises(ValueError, match="its SHA-256 is not"):
+        fid.load_inception()
+    again, told = fid.load_inception(cache)
+    assert told == str(cache)
+    assert torch.equal(again.Mixed_7c.branch1x1.conv.bias, net.Mixed_7c.branch1x1.conv.bias)
+    monkeypatch.setattr(fid, "SHA256", fid.hashlib.sha256(cache.read_bytes()).hexdigest())
+    assert fid.load_inception()[1] == "published"
+    torch.save({**state, "AuxLogits.fc.bias": torch.zeros(3)}, tmp_path / "more.pth")
+    torch.save(
+        {k: v for k, v in state.items() if k != "Mixed_7a.branch3x3_1.bn.bias"}, tmp_path / "less.pth"
+    )
+    for name in ("more", "less"):
+        with pytest.raises(ValueError, match=f"{name}.pth: not the weights of this network"):
+            fid.load_inception(tmp_path / f"{name}.pth")
+
+
+def test_inception_score_by_hand_and_its_order():
+    same = torch.randn(1, 12).expand(50, 12)
+    assert fid.inception_score(same) == pytest.approx(1, abs=1e-12)
+    sure = 1000.0 * torch.eye(12)[torch.arange(60) % 12]  # certain, balanced, and no NaN where p is 0
+    assert fid.inception_score(sure) == pytest.approx(12, rel=1e-12)
+    by_class = sure[torch.argsort(torch.arange(60) % 12, stable=True)]
+    assert fid.inception_score(by_class, split=5) == pytest.approx(1, rel=1e-12)
+    assert fid.inception_score(sure, split=12) == pytest.approx(12, rel=1e-12)
+    # splits of 5,000 unless told; a short last one counts as much as the others
+    logits = 3 * torch.randn(5007, 5, generator=torch.Generator().manual_seed(0))
+    p = torch.softmax(logits.double(), 1).numpy()
+    parts = [(q * np.log(q / q.mean(0))).sum(1).mean() for q in (p[:5000], p[5000:])]
+    assert fid.inception_score(logits) == pytest.approx(np.exp(parts).mean(), rel=1e-10)
+
+
+@pytest.mark.parametrize("rows", [7, 1000])
+def test_precision_recall_by_brute_force_with_ties(rows):
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 7, (60, 2)), rng.integers(3, 9, (45, 2))  # a grid: distances tie all the time
+
+    def d(u, v):
+        return ((u - v) ** 2).sum()
+
+    def share(x, centres):
+        radii = [
+            sorted(d(c, other) for other in centres)[3] for c in centres
+        ]  # index 0 is the centre itself
+        return np.mean([any(d(u, c) <= r for c, r in zip(centres, radii)) for u in x])
+
+    want = share(a, b), share(b, a)
+    assert 0 < want[0] < want[1] < 1 or 0 < want[1] < want[0] < 1
+    ta, tb = (torch.from_numpy(x).float() for x in (a, b))
+    assert fid.precision_recall(ta, tb, rows=rows) == want
+    assert (
+        fid.precision_recall(ta, tb, rows=rows, half=True) == want
+    )  # small integers are exact in float16
+    assert fid.precision_recall(1000 * ta, 1000 * tb, rows=rows, half=True) == want  # overflows: float32
+    assert fid.precision_recall(ta, ta) == (1, 1) and fid.precision_recall(ta, ta + 100) == (0, 0)
+    with pytest.raises(ValueError, match="more than 3 images"):
+        fid.precision_recall(ta[:3], tb)
+
+
+def test_half_precision_is_half():
+    x = 1 + torch.arange(8).float()[:, None] * 2e-4  # one and the same number in float16, almost
+    y = x + 1.1e-3
+    assert fid.precision_recall(y, x) != fid.precision_recall(y, x, half=True)
+
+
+# The command, with an Inception of a few numbers: what is tested is all around it
+
+
+@pytest.fixture
+def images(tmp_path, monkeypatch):
+    """A folder, an .npz and statistics in the working directory; features that are sums of pixels."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    arrays = rng.integers(0, 256, (12, 6, 5, 3), dtype=np.uint8)
+    for i, array in enumerate(arrays):
+        path = Path("folder") / ("deep/er" if i > 8 else "") / f"{i:02}.{('png', 'PNG', 'bmp')[i % 3]}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(array).save(path)
+    Path("folder/notes.txt").write_text("not an image")
+    np.savez("array.npz", arr_0=arrays)
+    np.savez("other.npz", arr_0=255 - arrays[::-1] // 2)
+    monkeypatch.setattr(fid, "POOL", 6)
+    monkeypatch.setattr(fid, "KEYS", {"fid": ("mu", "sigma", 6), "sfid": ("mu_s", "sigma_s", 4)})
+    weight = torch.randn(6, 300, generator=torch.Generator().manual_seed(0)) / 20
+
+    def features(net, images):
+        x = fid.resize(images, 10).flatten(1)
+        return torch.sin(x @ weight.T / 50), torch.cos(x @ weight[:4].T / 50)
+
+    net = torch.nn.Module()
+    net.fc = torch.nn.Linear(6, 9)
+    net.fc.weight.data = torch.randn(9, 6, generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(fid, "features", features)
+    monkeypatch.setattr(fid, "load_inception", lambda weights, device: (net, weights or "published"))
+    net.folder = tmp_path
+    net.truth = [f.double().numpy() for f in features(net, torch.from_numpy(arrays))]
+    return net
+
+
+def test_evaluate_is_its_parts(images):
+    got = fid.evaluate("array.npz", "other.npz", batch=5)
+    rows = images.truth[0]
+    b = fid.features(None, torch.from_numpy(np.load("other.npz")["arr_0"]))
+    for metric, x, y in (("fid", rows, b[0]), ("sfid", images.truth[1], b[1])):
+        sides = [(z.mean(0), np.cov(z, rowvar=False)) for z in (x, y.double().numpy())]
+        assert got[metric] == pytest.approx(fid.frechet_distance(*sides[0], *sides[1]), rel=1e-6)
+    logits = torch.from_numpy(rows).float() @ images.fc.weight.T  # without the bias
+    assert got["is"] == pytest.approx(fid.inception_score(logits), rel=1e-6)
+    assert (got["precision"], got["recall"]) == fid.precision_recall(torch.from_numpy(rows).float(), b[0])
+    assert got["samples"] == {"path": "array.npz", "count": 12, "source": "images"}
+
+
+def test_every_input_says_the_same(images):
+    arrays = np.load("array.npz")["arr_0"]
+    np.savez_compressed("packed.npz", arr_0=arrays, arr_1=np.arange(12))
+    np.savez("floats.npz", arr_0=arrays.astype(np.float32) / 127.5 - 1)
+    for path, span in (("folder", None), ("packed.npz", None), ("floats.npz", (-1, 1))):
+        got = fid.evaluate(path, "array.npz", batch=5, span=span, workers=0)
+        assert abs(got["fid"]) < 1e-9 and abs(got["sfid"]) < 1e-9 and got["precision"] == 1, path
+        assert got["samples"]["count"] == 12
+        side = fid.open_side(path, span)
+        batches = list(side.batches(5, 0, 1, 0))
+        assert [start for start, _ in batches] == [0, 5, 10]
+        assert torch.equal(torch.cat([x for _, x in batches]), torch.from_numpy(arrays))
+        shares = [list(side.batches(5, rank, 2, 0)) for rank in (0, 1)]  # of two processes
+        assert [[start for start, _ in share] for share in shares] == [[0, 10], [5]]
+
+
+def test_grey_palette_alpha_and_mixed_sizes(images):
+    rng = np.random.default_rng(1)
+    grey = rng.integers(0, 256, (4, 6, 5), dtype=np.uint8)
+    np.savez("grey.npz", arr_0=grey[..., None])
+    Path("odd").mkdir()
+    for i, array in enumerate(grey):
+        Image.fromarray(array).save(f"odd/{i}.png")
+    want = torch.from_numpy(grey)[..., None].expand(4, 6, 5, 3)
+    assert torch.equal(next(fid.open_side("grey.npz").batches(9, 0, 1, 0))[1], want)
+    assert torch.equal(next(fid.open_side("odd").batches(9, 0, 1, 0))[1], want)
+    rgb = rng.integers(0, 256, (7, 3, 3), dtype=np.uint8)
+    Image.fromarray(np.dstack([rgb, np.zeros((7, 3), np.uint8)])).save("odd/4.png")  # transparent
+    Image.fromarray(grey[0]).convert("P").save("odd/5.png")
+    ((_, got),) = fid.open_side("odd").batches(9, 0, 1, 2)  # in worker processes
+    assert torch.equal(got[4], fid.resize(torch.from_numpy(rgb)[None])[0])
+    assert torch.equal(got[5], fid.resize(want[:1])[0]) and torch.equal(got[:4], fid.resize(want))
+
+
+def test_statistics_instead_of_images(images, capsys, monkeypatch):
+    assert fid.main(["other.npz", "--save-stats", "stats.npz"]) == 0
+    whole = fid.evaluate("array.npz", "other.npz")
+    got = fid.evaluate("array.npz", "stats.npz")  # all that the two allow
+    assert got["reference"] == {"path": "stats.npz", "count": 12, "source": "statistics in the file"}
+    assert {"fid", "sfid", "is"} <= set(got) and "precision" not in got
+    for metric in ("fid", "sfid", "is"):
+        assert got[metric] == pytest.approx(whole[metric], rel=1e-12)
+    stats = dict(np.load("stats.npz"))
+    np.savez("adm.npz", arr_0=np.load("other.npz")["arr_0"], **stats, mu_clip=np.zeros(3))
+    calls, real = [], fid.array_batches
+    monkeypatch.setattr(fid, "array_batches", lambda path, *a: calls.append(path.name) or real(path, *a))
+    got = fid.evaluate(
+        "array.npz", "adm.npz", ["fid", "sfid", "is"]
+    )  # images of the reference are not read
+    assert calls == ["array.npz"] and any("are of 50000" in note for note in got["notes"])
+    got = fid.evaluate("array.npz", "adm.npz", ["pr"])
+    assert calls == ["array.npz"] * 2 + ["adm.npz"]
+    assert got["recall"] == whole["recall"] and got["reference"]["count"] == 12
+    assert not any("50000" in note for note in fid.evaluate("array.npz", "stats.npz")["notes"])
+
+
+def test_report_and_notes(images, capsys):
+    assert fid.main(["folder", "other.npz", "--json", "--weights", "random", "--workers", "1"]) == 0
+    out, err = capsys.readouterr()
+    report = json.loads(out)
+    assert report["samples"] == {"path": "folder", "count": 12, "source": "images"}
+    assert "THE NUMBERS ARE MEANINGLESS" in err and "12 images are few" in err
+    assert report["weights"] == "random"
+    assert fid.main(["folder", "other.npz", "--metrics", "fid,pr"]) == 0
+    out, err = capsys.readouterr()
+    assert re.search(rf"fid +{report['fid']:.5f}\nprecision +{report['precision']:.5f}\nrecall", out)
+    assert "folder: 12 images" in out and "MEANINGLESS" not in err
+    many = np.repeat(np.array([0, 120], np.uint8), 5000)  # two classes, one after the other and in turn
+    for array, sorted_ in ((many, True), (many.reshape(2, 5000).T.ravel(), False)):
+        np.savez("many.npz", arr_0=array[:, None, None, None])
+        notes = fid.evaluate("many.npz", metrics=["is"])["notes"]
+        assert any("sorted by class" in note for note in notes) == sorted_
+        assert not any("few" in note for note in notes)
+
+
+def test_fid_write_keeps_the_old_file(tmp_path):
+    def fail(f):
+        f.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "a"
+    fid.write(path, lambda f: f.write(b"whole"))
+    with pytest.raises(OSError):
+        fid.write(path, fail)
+    assert path.read_bytes() == b"whole" and list(tmp_path.iterdir()) == [path]
+
+
+BAD_FID = [
+    (["gone", "other.npz"], "gone: no such folder or .npz"),
+    (["empty", "other.npz"], "empty: no image"),
+    (["one", "other.npz"], "one: 1 image.*at least 2"),
+    (["corrupt", "other.npz"], "corrupt/1.png: not a readable image"),
+    (["deep16", "other.npz"], "deep16/1.png: .*more than 8 bits"),
+    (["cut.npz", "other.npz"], "cut.npz: not an .npz, or damaged"),
+    (["rotten.npz", "other.npz"], "rotten.npz: not an .npz, or damaged .*CRC"),
+    (["text.npz", "other.npz"], "text.npz: not an .npz"),
+    (["array.npz", "keys.npz"], "keys.npz: holds latents; need arr_0"),
+    (["object.npz", "other.npz"], "object.npz: arr_0 is object"),
+    (["nchw.npz", "other.npz"], r"nchw.npz: arr_0 is \(4, 3, 8, 8\); need N x H x W x 3"),
+    (["flat.npz", "other.npz"], "flat.npz: arr_0 is .4, 8, 8."),
+    (["none.npz", "other.npz"], "none.npz: no image"),
+    (["single.npz", "other.npz"], "single.npz: 1 image"),
+    (["columns.npz", "other.npz"], "columns.npz: arr_0 is stored in column order"),
+    (["floats.npz", "other.npz"], "floats.npz: arr_0 is float32; need uint8, or floats with --range"),
+    (["floats.npz", "other.npz", "--range", "0", "0.5"], "floats.npz: .*outside --range 0 0.5"),
+    (["nan.npz", "other.npz", "--range", "0", "1"], "nan.npz: arr_0 has NaN"),
+    (["array.npz", "other.npz", "--range", "1", "0"], "--range 1.0 0.0: must be LOW HIGH"),
+    (["array.npz", "dims.npz"], r"dims.npz: mu \(5,\), sigma \(5, 5\): need 6"),
+    (["array.npz", "skew.npz"], "skew.npz: covariance is not symmetric"),
+    (["array.npz", "negative.npz"], "negative.npz: covariance has a negative eigenvalue"),
+    (["array.npz", "nanstats.npz"], "nanstats.npz: covariance is not symmetric, or not finite"),
+    (
+        ["array.npz", "stats.npz", "--metrics", "sfid"],
+        "--metrics sfid: stats.npz has no mu_s and sigma_s",
+    ),
+    (["array.npz", "stats.npz", "--metrics", "fid,pr"], "--metrics pr: stats.npz has no images"),
+    (["array.npz", "other.npz", "--metrics", "kid"], "--metrics kid: choose from fid,sfid,is,pr"),
+    (["array.npz", "--metrics", "fid"], "--metrics fid: needs a REFERENCE"),
+    (["array.npz"], "nothing to compute"),
+    (["few.npz", "other.npz", "--metrics", "pr"], "need more than 3 images"),
+    (["array.npz", "other.npz", "--batch", "0"], "--batch 0: must be at least 1"),
+    (["array.npz", "other.npz", "--workers", "-1"], "--workers -1"),
+    (["array.npz", "other.npz", "--device", "tpu"], "--device tpu: choose"),
+    (["array.npz", "other.npz", "--device", "cuda:99"], "--device cuda:99: not here"),
+    (["array.npz", "other.npz", "--save-stats", "no/x.npz"], "--save-stats no/x.npz: not a file in an"),
+    (
+        ["stats.npz", "other.npz", "--save-stats", "x.npz"],
+        "--save-stats x.npz: stats.npz holds statistics",
+    ),
+    (["array.npz", "other.npz", "--metric", "fid"], "unrecognized arguments: --metric"),
+    ([], "required: SAMPLES"),
+    (["array.npz", "other.npz", "--weights", "gone.pth"], "--weights gone.pth: .*No such file"),
+    (["array.npz", "other.npz", "--weights", "text.npz"], "--weights text.npz: not the weights of"),
+]
+
+
+@pytest.mark.parametrize("args, message", BAD_FID, ids=[" ".join(args) for args, _ in BAD_FID])
+def test_bad_input_to_fid_gets_one_line_and_exit_code_2(images, capsys, monkeypatch, args, message):
+    arrays, eye = np.load("array.npz")["arr_0"], np.eye(6)
+    for name, values in {
+        "keys": dict(latents=arrays),
+        "object": dict(arr_0=np.array([[[[None]]]])),
+        "nchw": dict(arr_0=np.zeros((4, 3, 8, 8), np.uint8)),
+        "none": dict(arr_0=arrays[:0]),
+        "flat": dict(arr_0=np.zeros((4, 8, 8), np.uint8)),
+        "single": dict(arr_0=arrays[:1]),
+        "columns": dict(arr_0=np.asfortranarray(arrays)),
+        "few": dict(arr_0=arrays[:3]),
+        "floats": dict(arr_0=(arrays / 255).astype(np.float32)),
+        "cut": dict(arr_0=arrays),
+        "rotten": dict(arr_0=arrays),
+        "nan": dict(arr_0=np.full((4, 2, 2, 3), np.nan)),
+        "dims": dict(mu=np.zeros(5), sigma=np.eye(5)),
+        "stats": dict(mu=np.zeros(6), sigma=eye),
+        "skew": dict(mu=np.zeros(6), sigma=eye + np.eye(6, k=1)),
+        "negative": dict(mu=np.zeros(6), sigma=-eye),
+        "nanstats": dict(mu=np.zeros(6), sigma=eye * np.nan),
+    }.items():
+        np.savez(f"{name}.npz", **values)
+    data = bytearray(Path("cut.npz").read_bytes())
+    Path("cut.npz").write_bytes(data[: len(data) // 2])
+    data[600] ^= 1  # a bit of a pixel
+    Path("rotten.npz").write_bytes(data)
+    Path("text.npz").write_text("hello")
+    for name, image in (("corrupt", None), ("deep16", Image.fromarray(np.zeros((5, 5), np.uint16)))):
+        Path(name).mkdir()
+        Image.fromarray(arrays[0]).save(f"{name}/0.png")
+        image.save(f"{name}/1.png") if image else Path(f"{name}/1.png").write_bytes(
+            Path(f"{name}/0.png").read_bytes()[:60]
+        )
+    Path("empty").mkdir()
+    Path("one").mkdir()
+    Image.fromarray(arrays[0]).save("one/0.png")
+    if "--weights" in args:
+        monkeypatch.undo()
+        monkeypatch.chdir(images.folder)
+    before = sorted(Path().rglob("*"))
+    try:
+        code = fid.main(args)
+    except SystemExit as e:
+        code = e.code
+    out, error = capsys.readouterr()
+    assert code == 2 and re.search(message, error), error
+    assert error.count("\n") == 1 and "Traceback" not in error and out == ""
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_fid_of_two_processes_equals_one(tmp_path, monkeypatch, capsys):
+    rng = np.random.default_rng(0)
+    for i in range(11):  # three batches of three and one of two; sizes differ
+        side = (32, 48)[i % 5 == 0]
+        (tmp_path / "a").mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (side, 32, 3), dtype=np.uint8)).save(
+            tmp_path / f"a/{i:02}.png"
+        )
+    np.savez(tmp_path / "b.npz", arr_0=rng.integers(0, 256, (7, 16, 16, 3), dtype=np.uint8))
+    (tmp_path / "bad").mkdir()
+    for i in range(6):  # the last is met by the second process alone
+        Image.new("RGB", (9, 9)).save(tmp_path / f"bad/{i}.png")
+    (tmp_path / "bad/5.png").write_bytes(b"hello")
+    args = ["b.npz", "--weights", "random", "--batch", "3", "--workers", "0", "--device", "cpu"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+
+    def torchrun(*args):
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node=2",
+            "--master_port=29619",
+        ]
+        return subprocess.run(
+            [*command, HERE / "fid.py", *args],
+            capture_output=True,
+            text=True,
+            env=env,
+            timeout=200,
+            cwd=tmp_path,
+        )
+
+    monkeypatch.chdir(tmp_path)
+    args += ["--metrics", "fid,is,pr"]
+    torch.set_num_threads(1)  # as torchrun's: oneDNN rounds by the number of threads
+    try:
+        assert fid.main(["a", *args, "--json", "--save-stats", "one.npz"]) == 0
+    finally:
+        torch.set_num_threads(2)
+    two = torchrun("a", *args, "--json", "--save-stats", "two.npz")
+    assert two.returncode == 0, two.stderr[-2000:]
+    one, two = json.loads(capsys.readouterr().out), json.loads(two.stdout)
+    for metric in ("fid", "is", "precision", "recall"):
+        assert one[metric] == pytest.approx(two[metric], rel=1e-9), metric
+    one, two = np.load(tmp_path / "one.npz"), np.load(tmp_path / "two.npz")
+    assert one["count"] == two["count"] == 11
+    for key in ("mu", "sigma", "mu_s", "sigma_s"):
+        assert np.abs(one[key] - two[key]).max() <= 1e-9 * np.abs(one[key]).max(), key
+    bad = torchrun("bad", *args)
+    assert bad.returncode and bad.stderr.count("fid.py: bad/5.png: not a readable image") == 1
 
 
 # -----------------------------------------------------------------------------------------------------------
