@@ -772,7 +772,7 @@ def train(s):
                 if not math.isfinite(value):
                     began = [r for r in range(world) if anywhere(r == rank and not math.isfinite(here))]
                     raise FloatingPointError(
-                        f"{name} is {value} at step {at} (from rank {began or 'none: overflow'}): stopped before "
+                        f"{name} is {value} at step {at} (rank {began or 'any'}): stopped before "
                         f"the optimiser; checkpoints in {s.folder} are untouched")
         pending.clear()
         if rank == 0 and (logged or evaluated):
