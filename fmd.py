@@ -556,15 +556,16 @@ def load_decoder(s, device):
     return net.to(device).eval().requires_grad_(False)
 
 
-def rank0_first(rank, world, load):
-    """load() in process 0, then in the others: what it downloads is downloaded once."""
-    if rank > 0:
-        dist.barrier()
+def first_of_machine(anywhere, load):
+    """load() in one process of each machine, then in its others: what it downloads is downloaded once."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if local > 0:
+        anywhere(False)                                             # waits
     try:
         return load()
     finally:
-        if rank == 0 and world > 1:
-            dist.barrier()
+        if local == 0:
+            anywhere(False)
 
 
 def relative(teacher, **embedders):
@@ -728,7 +729,7 @@ def train(s):
                          f"{s.corrected} for correction must both divide by the {world} processes")
     if s.micro_batch and (s.batch // world % s.micro_batch):
         raise ValueError(f"--micro-batch {s.micro_batch}: must divide a process's {s.batch // world} samples")
-    (teacher, info), decoder = rank0_first(rank, world, lambda: (
+    (teacher, info), decoder = first_of_machine(anywhere, lambda: (
         load_net(s.teacher, "--teacher", s, device), load_decoder(s, device)))
     convention, shape, null = info["convention"], teacher.config["shape"], teacher.config["classes"]
     make_folder(s.folder, rank)
@@ -976,7 +977,7 @@ def sample(s, args):
     count, name = args.sample or args.rollout, "samples" if args.sample else "rollout"
     path = student_path(s, args) if args.sample else args.ckpt or s.teacher
     flag = "--ckpt" if args.sample or args.ckpt else "--teacher"
-    (net, info), decoder = rank0_first(rank, world, lambda: (
+    (net, info), decoder = first_of_machine(anywhere, lambda: (
         load_net(path, flag, s, device, student=bool(args.sample)), load_decoder(s, device)))
     convention, shape = info["convention"], net.config["shape"]
     labels = parse_labels(args.labels, net.config["classes"])
