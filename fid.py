@@ -38,6 +38,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import scipy.linalg
 import torch
 import torch.distributed as dist
 import torch.nn.functional as nnf
@@ -236,7 +237,8 @@ def factor(sigma):
         raise ValueError("covariance is not symmetric, or not finite")
     F, failed = torch.linalg.cholesky_ex(sigma)
     if failed:
-        w, v = torch.linalg.eigh(sigma)                                               # ascending
+        # LAPACK's evr: torch's driver gives up on many equal eigenvalues, such as zeros
+        w, v = map(torch.from_numpy, scipy.linalg.eigh(sigma.numpy(), driver="evr"))  # ascending
         if w[0] < -1e-6 * w[-1]:
             raise ValueError(f"covariance has a negative eigenvalue, {w[0]:.3g} (largest {w[-1]:.3g})")
         keep = w > len(w) * torch.finfo(w.dtype).eps * w[-1]                          # the rest is rounding
@@ -249,12 +251,12 @@ def trace_root(sigma1, sigma2):
 
     With sigma_i = F_i F_i' the product's eigenvalues are the squared singular values of K = F_1' F_2: the
     answer is their sum, exact for singular covariances too. The eigenvalues of K K' cost a quarter of them,
-    but the root of one near zero has half the digits: they serve where that leaves 7 at the very least."""
+    but the root of one near zero has half the digits: they serve where 8 are left at the very least."""
     K = factor(sigma1).T @ factor(sigma2)                                             # (rank 1, rank 2)
     if K.shape == sigma1.shape:
         w = torch.linalg.eigvalsh(K @ K.T)                                            # ascending
         error = torch.finfo(w.dtype).eps * w[-1]                                      # of each
-        if (error / w.clamp(min=error).sqrt()).sum() < 1e-7 * w.clamp(min=0).sqrt().sum():
+        if (error / w.clamp(min=error).sqrt()).sum() < 1e-8 * w.clamp(min=0).sqrt().sum():
             return w.clamp(min=0).sqrt().sum().item()
     return torch.linalg.svdvals(K).sum().item()
 
@@ -532,7 +534,7 @@ def evaluate(samples, reference=None, metrics=None, device="cpu", batch=None, we
                 net, result["weights"] = load_inception(weights, device)
             moments, pools[name] = measure(side, net, wanted, keep, batch, workers)
             side.stats |= {metric: m.mean_cov() for metric, m in moments.items()}
-            source.append("images")
+            source.append("images read")
         result[name] = {"path": side.path, "count": side.count, "source": " and ".join(source)}
         if side.count and side.count < 2048:
             notes.append(f"{side.path}: {side.count} images are few; below 2048 FID is far too high")
@@ -629,7 +631,8 @@ def main(argv=None):
             return 0
         for name in ("samples", "reference"):
             if name in result:
-                print(f"{name:10} {{path}}: {{count}} images ({{source}})".format(**result[name]))
+                path, count, source = result[name].values()
+                print(f"{name:10} {path}: {count or 'unknown number of'} images ({source})")
         print(f"{'weights':10} {result.get('weights', 'not needed')}")
         for name in ("fid", "sfid", "is", "precision", "recall"):
             if name in result:
