@@ -237,8 +237,10 @@ def factor(sigma):
         raise ValueError("covariance is not symmetric, or not finite")
     F, failed = torch.linalg.cholesky_ex(sigma)
     if failed:
-        # LAPACK's evr: torch's driver gives up on many equal eigenvalues, such as zeros
-        w, v = map(torch.from_numpy, scipy.linalg.eigh(sigma.numpy(), driver="evr"))  # ascending
+        try:
+            w, v = torch.linalg.eigh(sigma)                                           # ascending
+        except torch.linalg.LinAlgError:    # its driver may give up on many equal eigenvalues, such as zeros
+            w, v = map(torch.from_numpy, scipy.linalg.eigh(sigma.numpy(), driver="evr"))
         if w[0] < -1e-6 * w[-1]:
             raise ValueError(f"covariance has a negative eigenvalue, {w[0]:.3g} (largest {w[-1]:.3g})")
         keep = w > len(w) * torch.finfo(w.dtype).eps * w[-1]                          # the rest is rounding
