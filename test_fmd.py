@@ -2,8 +2,8 @@
 """Tests of fmd.py, sit.py and fid.py: closed forms, not snapshots. No GPU, no network, no clock."""
 
 import argparse
-import http.client
 import copy
+import http.client
 import json
 import math
 import os
@@ -101,7 +101,9 @@ def test_exact_flow_map_has_no_prediction_residual(batch, method, tolerance):
         fmd.prediction(gaussian_average, lambda x, t: gaussian_velocity(x, 1 - t), z, delta)[1].abs().mean()
         > 0.2
     )
-    assert fmd.prediction(gaussian_average, gaussian_velocity, z, delta, lambda *a: 0)[1].abs().mean() > 0.05
+    assert (
+        fmd.prediction(gaussian_average, gaussian_velocity, z, delta, lambda *a: 0)[1].abs().mean() > 0.05
+    )
 
 
 def test_duration_derivative_is_partial(batch):
@@ -128,7 +130,9 @@ def test_correction_residual_is_the_difference_of_velocities(batch):
 
     average, residual, _ = fmd.correction(F, gaussian_velocity, v_N, z, n, r)
     x_r = (1 - r[:, None]) * (m + s * z) + r[:, None] * n
-    assert torch.allclose(residual, v_N(x_r, r) - gaussian_velocity(x_r, r)) and torch.equal(average, F(z, r))
+    assert torch.allclose(residual, v_N(x_r, r) - gaussian_velocity(x_r, r)) and torch.equal(
+        average, F(z, r)
+    )
     average, residual, _ = fmd.correction(gaussian_average, gaussian_velocity, gaussian_velocity, z, n, r)
     assert residual.abs().max() == 0  # the teacher's own distribution needs no correction
 
@@ -228,7 +232,7 @@ def test_fused_step_equals_the_objectives_apart(batch):
         ]
         assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(*grads))
     assert not G.requires_grad and not N.requires_grad  # stop-gradients
-    for loss in (online, online2):                               # g's loss moves g, never the student
+    for loss in (online, online2):  # g's loss moves g, never the student
         assert all(p is None for p in torch.autograd.grad(loss, list(F.parameters()), allow_unused=True))
 
 
@@ -308,7 +312,11 @@ def test_shapes_in_the_comments_of_forward():
     for name, module in net.named_modules():
         module.register_forward_hook(lambda m, i, o, name=name: seen.__setitem__(name, tuple(o.shape)))
     out = net(
-        torch.randn(B, C, H, W), torch.rand(B), torch.zeros(B, dtype=torch.long), torch.rand(B), torch.rand(B)
+        torch.randn(B, C, H, W),
+        torch.rand(B),
+        torch.zeros(B, dtype=torch.long),
+        torch.rand(B),
+        torch.rand(B),
     )
     for name in ("t_embedder", "y_embedder", "dt_embedder", "gw_embedder"):
         assert seen[name] == (B, D)
@@ -326,7 +334,10 @@ def test_shapes_in_the_comments_of_forward():
 def test_attention_equals_torch_multihead_attention():
     attention = tiny().blocks[0].attn
     oracle = torch.nn.MultiheadAttention(32, 4, batch_first=True)
-    oracle.in_proj_weight.data, oracle.in_proj_bias.data = attention.qkv.weight.data, attention.qkv.bias.data
+    oracle.in_proj_weight.data, oracle.in_proj_bias.data = (
+        attention.qkv.weight.data,
+        attention.qkv.bias.data,
+    )
     oracle.out_proj.weight.data, oracle.out_proj.bias.data = (
         attention.proj.weight.data,
         attention.proj.bias.data,
@@ -462,7 +473,9 @@ def test_embedders_start_silent_and_students_start_as_their_teacher():
     z, y, o = torch.randn(3, 2, 8, 8), torch.tensor([0, 1, 5]), torch.ones(3)
     u = fmd.velocity_of(teacher, "sit")(z, o, y)
     parts = fmd.build(teacher, fmd.Settings())
-    assert all(torch.equal(v, parts["ema"].state_dict()[k]) for k, v in parts["student"].state_dict().items())
+    assert all(
+        torch.equal(v, parts["ema"].state_dict()[k]) for k, v in parts["student"].state_dict().items()
+    )
     student, online = (fmd.velocity_of(n, "sit") for n in (student, fmd.relative(teacher, gw=True)))
     assert torch.allclose(fmd.student_of(student, y, 1.7 * o)(z, 0.3 * o), u, atol=1e-6)
     assert torch.allclose(fmd.online_of(online, y, o)(z, o), u, atol=1e-6)
@@ -797,9 +810,7 @@ def test_frechet_distance_keeps_its_digits_at_small_eigenvalues(spectrum):
 
 
 def test_moments_take_tensors_and_one_row_at_a_time():
-    rows = (
-        torch.randn(40, 5, generator=torch.Generator().manual_seed(0)) + 1000
-    )  # float32 sums would lose
+    rows = torch.randn(40, 5, generator=torch.Generator().manual_seed(0)) + 1000  # float32 sums would lose
     moments = fid.Moments(5)
     for row in rows:
         moments.add(row[None])
@@ -865,9 +876,7 @@ def test_inception_has_the_published_files_keys():
     assert set(got) == set(want) and len(want) == 472 and len(state) == 566
     assert sum(v.numel() for v in got.values()) == 23_885_392
     assert sum(v.numel() for v in fid.inception().parameters()) == 23_850_960
-    assert (
-        got["fc.weight"].shape == (1008, 2048) and got["Mixed_5b.branch_pool.conv.weight"].shape[0] == 32
-    )
+    assert got["fc.weight"].shape == (1008, 2048) and got["Mixed_5b.branch_pool.conv.weight"].shape[0] == 32
     assert [got[f"Mixed_6{i}.branch7x7_1.conv.weight"].shape[0] for i in "bcde"] == [128, 160, 160, 192]
 
 
@@ -997,9 +1006,7 @@ def test_precision_recall_by_brute_force_with_ties(rows):
     assert 0 < want[0] < want[1] < 1 or 0 < want[1] < want[0] < 1
     ta, tb = (torch.from_numpy(x).float() for x in (a, b))
     assert fid.precision_recall(ta, tb, rows=rows) == want
-    assert (
-        fid.precision_recall(ta, tb, rows=rows, half=True) == want
-    )  # small integers are exact in float16
+    assert fid.precision_recall(ta, tb, rows=rows, half=True) == want  # small integers are exact in float16
     assert fid.precision_recall(1000 * ta, 1000 * tb, rows=rows, half=True) == want  # overflows: float32
     assert fid.precision_recall(ta, ta) == (1, 1) and fid.precision_recall(ta, ta + 100) == (0, 0)
     with pytest.raises(ValueError, match="more than 3 images"):
@@ -1366,7 +1373,10 @@ def test_main_job_writes_what_it_says(work, capsys):
     assert Image.open("o/samples.png").size[1] == 4 * 18 and Image.open("o/path.png").size[1] == 18 + 6 * 18
     net, info = sit.load("o/student.pt")
     assert (
-        info["convention"] == "sit" and info["gamma"] == [1.0, 2.0] and net.config["dt"] and net.config["gw"]
+        info["convention"] == "sit"
+        and info["gamma"] == [1.0, 2.0]
+        and net.config["dt"]
+        and net.config["gw"]
     )
     ema = {k[4:]: v for k, v in weights("o/ckpt.pt").items() if k.startswith("ema.")}
     assert all(torch.equal(v, ema[k]) for k, v in net.state_dict().items())
@@ -1578,8 +1588,14 @@ BAD = [
     (["--clip", 0], "--clip 0.0: must be positive"),
     (["--seed", 1.5], "argument --seed: invalid int value: '1.5'"),
     (["--device", "cuda:x"], "--device cuda:x"),
-    (["--res", 256, "--teacher", "random", "--model", "SiT-T/8", "--vae", "none.bin"], "--vae none.bin: no such"),
-    (["--res", 256, "--teacher", "random", "--model", "SiT-T/8", "--vae", "text.pt"], "--vae text.pt: not a check"),
+    (
+        ["--res", 256, "--teacher", "random", "--model", "SiT-T/8", "--vae", "none.bin"],
+        "--vae none.bin: no such",
+    ),
+    (
+        ["--res", 256, "--teacher", "random", "--model", "SiT-T/8", "--vae", "text.pt"],
+        "--vae text.pt: not a check",
+    ),
     (["--sample", 1, "--res", 256, "--vae", "random"], "--ckpt out/256/student.pt: no such file"),
     (["--sample", 1, "--solver", "euler"], "--solver euler: goes with --rollout"),
     (["--sample", 1, "--export", "e.pt"], "--export e.pt: not both: --sample is given"),
@@ -1622,18 +1638,31 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
 # A run that survives: signals, kills, damage, other world sizes
 # -----------------------------------------------------------------------------------------------------------
 
+
 def torchrun(count, *args, script=HERE / "fmd.py", port=29617):
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={count}", f"--master_port={port}"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc_per_node={count}",
+        f"--master_port={port}",
+    ]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(HERE)}
-    return subprocess.run([*command, script, *map(str, args)], capture_output=True, text=True, env=env, timeout=200)
+    return subprocess.run(
+        [*command, script, *map(str, args)], capture_output=True, text=True, env=env, timeout=200
+    )
 
 
 def states(path):
     """Every tensor of a checkpoint by a name, the optimisers' moments as well."""
     ckpt = torch.load(path, weights_only=True)
     out = {f"{net}.{k}": v for net in ("student", "ema", "online") for k, v in ckpt[net].items()}
-    return out | {f"{opt}.{i}.{k}": v for opt in ("student_opt", "online_opt")
-                  for i, moments in ckpt[opt]["state"].items() for k, v in moments.items()}
+    return out | {
+        f"{opt}.{i}.{k}": v
+        for opt in ("student_opt", "online_opt")
+        for i, moments in ckpt[opt]["state"].items()
+        for k, v in moments.items()
+    }
 
 
 def same(a, b):
@@ -1669,7 +1698,7 @@ def test_world_size_does_not_matter(work, world):
         for k in ("prediction", "correction", "lambda", "online", "student_grad_norm", "online_grad_norm"):
             assert x[k] == pytest.approx(y[k], rel=2e-4, abs=2e-6), (x["step"], k)
     # saved by many processes, carried on by one
-    os.replace("many/ckpt.prev.pt", "many/ckpt.pt")                                          # of step 10
+    os.replace("many/ckpt.prev.pt", "many/ckpt.pt")  # of step 10
     assert run(*args, "--out", "many") == 0
     assert distance("one/ckpt.pt", "many/ckpt.pt") < 1e-5
     assert logged("many/metrics.jsonl") == list(range(1, 21))
@@ -1677,9 +1706,14 @@ def test_world_size_does_not_matter(work, world):
 
 def test_pieces_and_recomputation_change_nothing(work):
     args = [*SMALL, "--steps", 5, "--batch", 16, "--warmup", 0, "--lr", 1e-4, "--online-lr", 1e-4]
-    for name, extra in (("plain", []), ("other", ["--alpha", 2]), ("pieces", ["--micro-batch", 4]), ("again", ["--checkpointing"]),
-                        ("jvp", ["--derivative", "jvp"]),
-                        ("jvp2", ["--derivative", "jvp", "--micro-batch", 8, "--checkpointing"])):
+    for name, extra in (
+        ("plain", []),
+        ("other", ["--alpha", 2]),
+        ("pieces", ["--micro-batch", 4]),
+        ("again", ["--checkpointing"]),
+        ("jvp", ["--derivative", "jvp"]),
+        ("jvp2", ["--derivative", "jvp", "--micro-batch", 8, "--checkpointing"]),
+    ):
         assert run(*args, "--out", name, *extra) == 0
     for one, other in (("plain", "pieces"), ("plain", "again"), ("jvp", "jvp2")):
         assert distance(f"{one}/ckpt.pt", f"{other}/ckpt.pt") < 1e-5
@@ -1695,8 +1729,11 @@ def test_one_killed_process_ends_the_others(work):
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return real(v, null, parts, s, step, *a)\n"
         "fmd.training_step = step\n"
-        "sys.exit(fmd.main(sys.argv[1:]))\n")
-    done = torchrun(2, *SMALL, "--steps", 4, "--ckpt-every", 1, "--out", "o", script="driver.py", port=29618)
+        "sys.exit(fmd.main(sys.argv[1:]))\n"
+    )
+    done = torchrun(
+        2, *SMALL, "--steps", 4, "--ckpt-every", 1, "--out", "o", script="driver.py", port=29618
+    )
     assert done.returncode != 0 and torch.load("o/ckpt.pt", weights_only=True)["step"] <= 2
 
 
@@ -1761,8 +1798,9 @@ def kill_and_rerun(instants, quiet=True):
 
     def go(instant, out):
         args = [*SMALL, "--steps", 5, "--ckpt-every", 2, "--out", out]
-        return subprocess.run([sys.executable, "killed.py", *map(str, [instant, *args])], env=env,
-                              capture_output=True).returncode
+        return subprocess.run(
+            [sys.executable, "killed.py", *map(str, [instant, *args])], env=env, capture_output=True
+        ).returncode
 
     assert go(0, "whole") == 0
     for instant in instants:
@@ -1789,21 +1827,28 @@ def test_damaged_checkpoints_are_refused_or_load_right(work, capsys):
     parts, rng = fmd.build(sit.load("teacher.pt")[0], s), np.random.default_rng(0)
     refused = 0
     for i in range(500):
-        if i % 3 == 0:                                                           # flip bytes
+        if i % 3 == 0:  # flip bytes
             data = bytearray(good)
             for at in rng.integers(len(data), size=rng.integers(1, 4)):
                 data[at] ^= int(rng.integers(1, 256))
             Path("bad.pt").write_bytes(data)
-        elif i % 3 == 1:                                                         # cut
-            Path("bad.pt").write_bytes(good[:rng.integers(len(good))])
-        else:                                                                    # rename, drop or poison a key
+        elif i % 3 == 1:  # cut
+            Path("bad.pt").write_bytes(good[: rng.integers(len(good))])
+        else:  # rename, drop or poison a key
             ckpt = copy.deepcopy(names)
             place = ckpt[str(rng.choice(list(parts)))]
-            place = place if "state" not in place else place["state"][int(rng.integers(len(place["state"])))]
+            place = (
+                place if "state" not in place else place["state"][int(rng.integers(len(place["state"])))]
+            )
             key = str(rng.choice([k for k in place if k != "pos_embed"]))
             value, how = place.pop(key), rng.integers(5)
-            place |= [{}, {key + "x": value}, {key: value * math.nan}, {key: value.double()},
-                      {key: value.reshape(1, -1)}][how]
+            place |= [
+                {},
+                {key + "x": value},
+                {key: value * math.nan},
+                {key: value.double()},
+                {key: value.reshape(1, -1)},
+            ][how]
             torch.save(ckpt, "bad.pt")
         try:
             fmd.load_checkpoint(Path("bad.pt"), parts)
@@ -1811,7 +1856,11 @@ def test_damaged_checkpoints_are_refused_or_load_right(work, capsys):
             assert "bad.pt: not a checkpoint" in str(e) and "\n" not in str(e)
             refused += 1
         else:
-            loaded = {f"{n}.{k}": v for n in ("student", "ema", "online") for k, v in parts[n].state_dict().items()}
+            loaded = {
+                f"{n}.{k}": v
+                for n in ("student", "ema", "online")
+                for k, v in parts[n].state_dict().items()
+            }
             assert all(torch.equal(v, right[k]) for k, v in loaded.items())
             for name in ("student_opt", "online_opt"):
                 for j, moments in parts[name].state_dict()["state"].items():
@@ -1829,9 +1878,11 @@ def test_the_previous_checkpoint_stands_in_for_a_damaged_one(work, capsys):
         assert torch.load("o/ckpt.prev.pt", weights_only=True)["step"] == 2
         capsys.readouterr()
         assert run(*args, "--out", "o") == 0
-        assert re.search(r"ckpt.pt: not a checkpoint .*; going on from o/ckpt.prev.pt", capsys.readouterr().out)
+        assert re.search(
+            r"ckpt.pt: not a checkpoint .*; going on from o/ckpt.prev.pt", capsys.readouterr().out
+        )
         assert same("whole.pt", "o/ckpt.pt") and logged("o/metrics.jsonl") == [1, 2, 3, 4]
-        os.replace("o/ckpt.prev.pt", "o/damaged")                # what stood aside was the damaged one: put back
+        os.replace("o/ckpt.prev.pt", "o/damaged")  # what stood aside was the damaged one: put back
         assert run(*SMALL, "--steps", 2, "--ckpt-every", 2, "--out", "p") == 0
         os.replace("p/ckpt.pt", "o/ckpt.prev.pt")
     for name in ("ckpt.pt", "ckpt.prev.pt"):
@@ -1847,7 +1898,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(work, capsys):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     capsys.readouterr()
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limits[1]))                   # no file grows larger
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limits[1]))  # no file grows larger
         assert run(*SMALL, "--steps", 4, "--ckpt-every", 1, "--out", "o") == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -1882,9 +1933,11 @@ def test_a_step_that_is_not_finite_moves_nothing_on_the_device_either(work):
     fmd.training_step(v, 10, parts, s, 0, draws, halted)
     before = copy.deepcopy({name: parts[name].state_dict() for name in ("student", "online")})
     assert halted == 0
-    fmd.training_step({**v, "teacher": lambda *a: v["teacher"](*a) * math.inf}, 10, parts, s, 1, draws, halted)
+    fmd.training_step(
+        {**v, "teacher": lambda *a: v["teacher"](*a) * math.inf}, 10, parts, s, 1, draws, halted
+    )
     assert halted == 1
-    fmd.training_step(v, 10, parts, s, 2, draws, halted)                                    # finite again
+    fmd.training_step(v, 10, parts, s, 2, draws, halted)  # finite again
     assert halted == 1
     for name, state in before.items():
         assert all(torch.equal(v, state[k]) for k, v in parts[name].state_dict().items())
@@ -1894,8 +1947,22 @@ def test_a_step_that_is_not_finite_moves_nothing_on_the_device_either(work):
 # ImageNet in miniature: latents, decoder, many labels, precision
 # -----------------------------------------------------------------------------------------------------------
 
-BIG = ["--res", 256, "--teacher", "random", "--model", "SiT-T/8", "--vae", "random", "--device", "cpu",
-       "--eval-samples", 2, "--out", "big"]
+BIG = [
+    "--res",
+    256,
+    "--teacher",
+    "random",
+    "--model",
+    "SiT-T/8",
+    "--vae",
+    "random",
+    "--device",
+    "cpu",
+    "--eval-samples",
+    2,
+    "--out",
+    "big",
+]
 
 
 @pytest.fixture
@@ -1929,7 +1996,7 @@ def test_export_reads_back_to_the_bit_and_samples_alike(work):
     Path("file").write_text("")
     assert run("--export", "file/released.pt", "--ckpt", "o/student.pt") == 2
     assert run("--export", "released.pt", "--ckpt", "o/student.pt") == 0
-    raw, (net, info) = torch.load("released.pt", weights_only=True), sit.load("o/student.pt")
+    raw, net = torch.load("released.pt", weights_only=True), sit.load("o/student.pt")[0]
     assert "dt_embedder.projs.0.weight" in raw and "gw_embedder.projs.2.bias" in raw
     assert not [k for k in raw if ".mlp." in k and "embedder" in k]
     again = sit.from_state_dict(raw, heads=4)
@@ -1947,7 +2014,7 @@ def test_many_processes_sample_what_one_does(work):
     done = torchrun(2, *common, "--out", "two", port=29619)
     assert done.returncode == 0, done.stderr[-2000:]
     a, b = (np.load(f"{name}/rollout.npz") for name in ("one", "two"))
-    assert np.abs(a["arr_0"].astype(int) - b["arr_0"]).max() <= 1                     # other thread counts
+    assert np.abs(a["arr_0"].astype(int) - b["arr_0"]).max() <= 1  # other thread counts
     assert np.array_equal(a["arr_1"], b["arr_1"]) and len(a["arr_0"]) == 150
 
 
@@ -1972,7 +2039,9 @@ def test_shipped_weights_make_digits(name):
     path = HERE / "assets" / name
     net, info = sit.load(path)
     assert path.stat().st_size < 16e6 and info["convention"] == "sit"
-    make = fmd.one_step(net, "sit", 1.5) if "student" in name else fmd.many_steps(net, "sit", 1.5, 8, "heun")
+    make = (
+        fmd.one_step(net, "sit", 1.5) if "student" in name else fmd.many_steps(net, "sit", 1.5, 8, "heun")
+    )
     x = fmd.timed(make, 20, 0, net.config["shape"], range(10), torch.device("cpu"))[2]
     black, white = (x < -0.8).float().mean().item(), (x > 0.5).float().mean().item()
     assert 0.6 < black < 0.9 and 0.05 < white < 0.25, (black, white)
@@ -1983,7 +2052,9 @@ def test_the_readmes_own_teacher_example(tmp_path):
     code = re.search(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)[1]
     (tmp_path / "example.py").write_text("import torch; torch.manual_seed(0)\n" + code)
     env = {**os.environ, "PYTHONPATH": str(HERE)}
-    done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "example.py"], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert float(re.search(r"median distance ([0-9.]+)", done.stdout)[1]) < 0.15
     assert Image.open(tmp_path / "points.png").size == (600, 600)
@@ -2015,16 +2086,24 @@ def test_readme_explains_every_flag():
 
 def benchmark(model=None, device="cpu", batch=64, repeats=15):
     """The median time of each part of a training step over that of a forward without gradient on the same
-    batch, taken in turn, so that a machine that slows down slows all of them. model None: the bundled teacher;
-    else a random one of that size, such as SiT-B/2, on latents of 256."""
-    s = fmd.Settings(**{**fmd.PRESETS[256 if model else 28], "device": device, "batch": batch,
-                        **({"teacher": "random", "model": model, "res": 256} if model else {})})
+    batch, taken in turn, so that a machine that slows down slows all of them. model None: the bundled
+    teacher; else a random one of that size, such as SiT-B/2, on latents of 256."""
+    s = fmd.Settings(
+        **{
+            **fmd.PRESETS[256 if model else 28],
+            "device": device,
+            "batch": batch,
+            **({"teacher": "random", "model": model, "res": 256} if model else {}),
+        }
+    )
     device = torch.device(device)
     teacher, info = fmd.load_net(s.teacher, "--teacher", s, device)
     parts, null, shape = fmd.build(teacher, s), teacher.config["classes"], teacher.config["shape"]
     v, _ = fmd.velocities(teacher, parts, info["convention"], s)
     halted = torch.zeros((), device=device)
-    draws = [fmd.to_device(fmd.prior(shape, null, s, 0, part), device) for part in ("prediction", "correction")]
+    draws = [
+        fmd.to_device(fmd.prior(shape, null, s, 0, part), device) for part in ("prediction", "correction")
+    ]
     pred, corr = draws
     z, y, gamma = (torch.cat([pred[name], corr[name]]) for name in ("z", "y", "gamma"))
     delta, value = torch.cat([pred["delta"], torch.ones_like(corr["gamma"])]), torch.zeros_like(pred["z"])
@@ -2052,15 +2131,18 @@ def benchmark(model=None, device="cpu", batch=64, repeats=15):
             call()
             torch.cuda.synchronize() if device.type == "cuda" else None
             times[name] += [time.perf_counter() - clock] if i >= 2 else []
-    print(f"batch {s.batch}, {s.correction:.0%} correction, {device.type}, {torch.get_num_threads()} CPU threads, "
-          f"{'bfloat16' if s.bf16 else 'float32'}")
+    print(
+        f"batch {s.batch}, {s.correction:.0%} correction, {device.type}, {torch.get_num_threads()} threads, "
+        f"{'bfloat16' if s.bf16 else 'float32'}"
+    )
     for name, seconds in times.items():
         ratio = np.median(np.array(seconds) / np.array(times["forward"]))
         print(f"{name:32}{1e3 * np.median(seconds):9.1f} ms{ratio:8.2f} forwards")
 
 
 if __name__ == "__main__":
-    # python test_fmd.py [MODEL [DEVICE [BATCH [REPEATS]]]]: the benchmark. python test_fmd.py kill N: kill -9 at N instants.
+    # python test_fmd.py [MODEL [DEVICE [BATCH [REPEATS]]]]: the benchmark
+    # python test_fmd.py kill N: kill -9 at N instants, each run again to the end
     if sys.argv[1:2] == ["kill"]:
         os.chdir(tempfile.mkdtemp())
         small_teacher()
