@@ -93,7 +93,7 @@ class Settings:
     k: float = setting(1.0, "exponent of the weight 1/(|Δ|²/d + ε)^k of a sample [paper: 1]")
     alpha: float = setting(1.0, "strength α of correction against prediction [paper: 1; 0.3 to 3 work]")
     gamma: tuple = setting((1.0, 2.0), "guidance γ ~ U(LOW, HIGH) the student is trained for [ours]")
-    interval: tuple = setting((0.0, 1.0), "times t between which the teacher is guided")
+    interval: tuple = setting((0.0, 1.0), "times t between which the teacher is guided, but in correction")
     cut: float = setting(0.7, "in correction the teacher is guided for r up to this [paper]")
     r_location: float = setting(0.8, "correction's r ~ LogitNormal: location [paper]")
     r_scale: float = setting(1.0, "and scale [ours]")
@@ -127,8 +127,8 @@ class Settings:
                  ("model", bool(re.fullmatch(rf"SiT-({'|'.join(sit.SIZES)})/[248]", self.model)),
                    f"give SiT-SIZE/PATCH, SIZE of {list(sit.SIZES)}, PATCH of 2, 4, 8"),
                  ("convention", self.convention in ("auto", *CONVENTIONS), f"auto or of {list(CONVENTIONS)}"),
-                 ("micro_batch", not self.micro_batch or math.isclose(
-                     self.micro_batch * self.correction % 1, 0, abs_tol=1e-9),
+                 ("micro_batch", not share_fits or abs(
+                     self.micro_batch * self.correction - round(self.micro_batch * self.correction)) < 1e-6,
                    f"times --correction {self.correction} must be whole: try a multiple of {multiple}"),
                  ("eval_samples", self.eval_samples >= 2, "must be at least 2: a covariance needs two"),
                  ("correction", share_fits, "must be in [0, 1]"),
@@ -143,8 +143,9 @@ class Settings:
                  ("derivative", self.derivative in ("jvp", "fd"), "choose jvp or fd"),
                  ("decay_from", 0 <= self.decay_from <= 1, "must be in [0, 1]"),
                  ("ema", 0 <= self.ema < 1, "must be in [0, 1)"),
-                 ("device", self.device == "cpu" or self.device.startswith("cuda"), "choose cpu or cuda"),
-                 ("device", self.device == "cpu" or torch.cuda.is_available(), "no GPU here: use cpu")]
+                 ("device", re.fullmatch(r"cpu|cuda(:\d+)?", self.device), "choose cpu, cuda or cuda:N"),
+                 ("device", self.device == "cpu" or int((self.device + ":0").split(":")[1])
+                   < torch.cuda.device_count(), "no such GPU here: use cpu")]
         for name, fine, fix in rules:
             if not fine:
                 raise ValueError(f"--{name.replace('_', '-')} {plain(getattr(self, name))}: {fix}")
@@ -239,10 +240,10 @@ def rollout(u, z, steps, solver="heun", path=False):
         raise ValueError(f"solver {solver!r}: choose heun or euler")
     x, xs = z, [z]
     for i in range(steps):
-        t, s = (x.new_full((len(x),), 1 - j / steps) for j in (i, i + 1))             # from t on to s < t
+        t, t_next = (x.new_full((len(x),), 1 - j / steps) for j in (i, i + 1))        # t_next < t: to data
         v = u(x, t)
         if solver == "heun":
-            v = (v + u(x + v / steps, s)) / 2
+            v = (v + u(x + v / steps, t_next)) / 2
         x = x + v / steps
         xs.append(x)
     return torch.stack(xs) if path else x
@@ -345,7 +346,7 @@ def student_loss(average, residual_G, residual_N, k=1.0, alpha=1.0, mean=torch.m
     if len(G) and len(N):
         lam = alpha * mean(G.flatten(1).norm(dim=1)) / (mean(N.flatten(1).norm(dim=1)) + eps)
     direction = torch.cat([G, lam * N]).detach()                                      # sg, (B, ...)
-    return (average * direction).mean(), lam
+    return (average * direction).mean(), lam                 # <F, direction>: its gradient in F is direction
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -386,14 +387,16 @@ def online_of(velocity, y, gamma):
 
 
 def objectives(v, null, s, pred, corr):
-    """The objectives on draws of the prior for each -> F (B, ...), Δ_G, Δ_N and g's loss (0 without
-    correction). v: velocities of teacher, student, online, and of the student for the derivative, "bare"."""
+    """The objectives on draws of the prior for each -> F (B, ...), Δ_G, Δ_N and g's loss (0 without it).
+
+    v: velocities of "teacher", "student" and "online"; of the student without gradient, "forward"; and for
+    the derivative, "bare": the same weights, in float32 where it is a difference."""
     P, C = len(pred["y"]), len(corr["y"])
     z, y, gamma = (torch.cat([pred[name], corr[name]]) for name in ("z", "y", "gamma"))
-    # guidance ends with the teacher's interval in prediction and with the cut in correction
-    strength = torch.cat([guidance_within(pred["gamma"], 1 - pred["delta"], *s.interval),
-                          guidance_within(corr["gamma"], corr["r"], 0.0, s.cut)])
-    F, u = student_of(v["student"], y, gamma), teacher_of(v["teacher"], null, y, strength)
+    # F and g see γ itself; the teacher's ends with its interval in prediction, with the cut in correction
+    teacher_gamma = torch.cat([guidance_within(pred["gamma"], 1 - pred["delta"], *s.interval),
+                               guidance_within(corr["gamma"], corr["r"], 0.0, s.cut)])
+    F, u = student_of(v["student"], y, gamma), teacher_of(v["teacher"], null, y, teacher_gamma)
     g = online_of(v["online"], corr["y"], corr["gamma"])
     F_pred = student_of(v["bare"], pred["y"], pred["gamma"])
 
@@ -422,15 +425,17 @@ def batch_losses(v, null, s, draws, mean=torch.mean, hold=lambda name: nullconte
     count = rows // (s.micro_batch or rows)
     pieces = [[{name: a.chunk(count)[i] if len(a) else a for name, a in part.items()} for part in draws]
               for i in range(count)]
-    first = v if count == 1 else {**v, "student": torch.no_grad()(v["bare"])}
-    found = []
+    # one piece: `average` below carries the student's graph, and loss.backward() does it all. More: it is a
+    # leaf, loss.backward() only fills average.grad, and the last loop takes that back through the student
+    graphless = v if count == 1 else {**v, "student": torch.no_grad()(v["forward"])}
+    targets = []
     for i, (pred, corr) in enumerate(pieces):
         with hold("online") if i + 1 < count else nullcontext():
-            average, G, N, online_loss = objectives(first, null, s, pred, corr)
+            average, G, N, online_loss = objectives(graphless, null, s, pred, corr)
             if len(N):
                 (online_loss / count).backward()
-        found.append((average[:len(G)], average[len(G):], G, N, online_loss.detach()[None]))
-    average_G, average_N, G, N, online_loss = map(torch.cat, zip(*found))
+        targets.append((average[:len(G)], average[len(G):], G, N, online_loss.detach()[None]))
+    average_G, average_N, G, N, online_loss = map(torch.cat, zip(*targets))
     average = torch.cat([average_G, average_N])                                       # (B, ...)
     if count > 1:
         average.requires_grad_()
@@ -446,7 +451,7 @@ def batch_losses(v, null, s, draws, mean=torch.mean, hold=lambda name: nullconte
     if len(N):
         terms |= {"correction": mean(N.flatten(1).square().mean(1)), "online": mean(online_loss),
                   "lambda": lam}
-    terms["here"] = (G.sum() + N.sum() + online_loss.sum()).detach()      # of this process alone: who began
+    terms["local"] = (G.sum() + N.sum() + online_loss.sum()).detach()     # tells which process was not finite
     return terms
 
 
@@ -456,7 +461,7 @@ def learning_rate(step, s):
 
 
 def training_step(v, null, parts, s, step, draws, halted, mean=torch.mean, hold=lambda name: nullcontext()):
-    """Losses, gradients, optimisers, average: one step on parts (see build) -> what to log, tensors.
+    """Losses, gradients, optimisers, EMA: one step on parts (see build) -> what to log, tensors.
 
     halted, a float tensor of no dimensions on the device, becomes 1 when a term is not finite; from then on
     no optimiser moves a weight, and nobody has waited for the device to know it."""
@@ -472,8 +477,8 @@ def training_step(v, null, parts, s, step, draws, halted, mean=torch.mean, hold=
         optimiser.step()
         optimiser.zero_grad()
     # a short memory at first: the decay rises as 1 - 9/(10 + step), up to s.ema
-    weights, averages = ([p.detach() for p in parts[name].parameters()] for name in ("student", "ema"))
-    torch._foreach_lerp_(averages, weights, 1 - min(s.ema, (1 + step) / (10 + step)))
+    new, smooth = ([p.detach() for p in parts[name].parameters()] for name in ("student", "ema"))
+    torch._foreach_lerp_(smooth, new, 1 - min(s.ema, (1 + step) / (10 + step)))
     return terms
 
 
@@ -530,13 +535,16 @@ def load_net(path, flag, s, device, student=False):
                     p.data.add_(0.02 * torch.randn_like(p)) if p.requires_grad else None
             info = {"convention": "sit"}
         else:
-            # a bundled file is found from any working directory
-            net, info = sit.load(HERE / path if (HERE / path).exists() else sit.fetch(path))
+            bundled = not Path(path).exists() and (HERE / path).exists()   # found from any working directory
+            net, info = sit.load(HERE / path if bundled else sit.fetch(path))
     except ValueError as e:
         raise ValueError(f"{flag} {e}") from None
     info["convention"] = info["convention"] if s.convention == "auto" else s.convention
     if info["convention"] not in CONVENTIONS:
         raise ValueError(f"{flag} {path}: convention {info['convention']!r} is none of {sorted(CONVENTIONS)}")
+    shape, latents = tuple(net.config["shape"]), (4, s.res // 8, s.res // 8)
+    if (shape[0] == 4) if s.res == 28 else (shape != latents):
+        raise ValueError(f"{flag} {path}: works on {shape}, which is not --res {s.res}: give its own --res")
     if (net.config["dt"] and net.config["gw"]) != student:
         held = "teacher (no δ and γ embedders)" if student else "student (δ and γ embedders)"
         raise ValueError(f"{flag} {path}: holds a {held}, give a {'student' if student else 'teacher'}")
@@ -608,17 +616,23 @@ def velocities(teacher, parts, convention, s, world=1):
 
 
 def make_folder(folder, rank=0, flag="--out"):
-    """Create it, see that it can be written, remove what a killed process left."""
+    """Create it and see that it can be written."""
     if rank > 0:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob(".*.tmp"):                         # of a process that was killed as it wrote
-            stale.unlink()
         write(folder / ".probe", lambda f: None)
         (folder / ".probe").unlink()
     except OSError as e:
         raise ValueError(f"{flag} {folder}: cannot write there ({e.strerror}); name another folder") from None
+
+
+def clear_stale(folder):
+    """Remove the temporary files of a run that was killed as it wrote."""
+    for name in (".probe", "ckpt.new.pt", "metrics.jsonl", "student.pt", "samples.png", "path.png"):
+        for stale in folder.glob(f".{name}.*.tmp"):
+            stale.unlink()
+    (folder / ".probe").unlink(missing_ok=True)
 
 
 def fingerprint(net, convention):
@@ -672,7 +686,7 @@ def load_checkpoint(path, parts):
         raise ValueError(f"{path}: not a checkpoint of this run ({type(e).__name__}: {reason})") from None
 
 
-def resume(s, parts, teacher, say):
+def resume(s, parts, teacher, say, rank=0):
     """The newest checkpoint of s.folder that can be read, if there is any, into parts -> steps done. Raises
     ValueError where there are only others, or where the run there had other settings."""
     faults = []
@@ -689,8 +703,10 @@ def resume(s, parts, teacher, say):
                       for name in fixed if ckpt["settings"].get(name) != here[name]]
             if differ:
                 raise ValueError(f"--out {s.folder}: a run with {'; '.join(differ)}; name another folder")
-            for fault in faults:
-                say(f"{fault}; going on from {path}")
+            if faults:                       # ckpt.pt: put aside, or the next save would keep it as prev
+                say(f"{faults[0]}, now ckpt.damaged.pt; going on from {path}")
+                if rank == 0:
+                    os.replace(s.folder / "ckpt.pt", s.folder / "ckpt.damaged.pt")
             return ckpt["step"]
     if faults:
         raise ValueError(f"--out {s.folder}: {'; '.join(faults)}; name another folder")
@@ -709,12 +725,13 @@ def flops(config, s, rows):
 
     A forward of T tokens, width D: per block 24 T D² (qkv 6, proj 2, MLP 16) + 4 T² D (attention) + 12 D²
     (adaLN). The step takes, in forwards: student 3 (backward counts twice), teacher 2 (guidance), on
-    prediction's share the derivative's 2 (JVP: value and tangent) or 1, on correction's share g's 3. What is
-    computed again, by checkpointing or for micro-batches, does not count."""
+    prediction's share the derivative's 2 (a difference beside float32: 1), on correction's share g's 3. What
+    is computed again, by checkpointing or for micro-batches, does not count."""
     D, T = config["width"], config["shape"][1] * config["shape"][2] // config["patch"] ** 2
     forward = config["depth"] * (24 * T * D ** 2 + 4 * T ** 2 * D + 12 * D ** 2)
     share = s.corrected / s.batch
-    return rows * forward * (5 + (1 - share) * (2 if s.derivative == "jvp" else 1) + share * 3)
+    derivative = 2 if s.derivative == "jvp" or s.bf16 else 1
+    return rows * forward * (5 + (1 - share) * derivative + share * 3)
 
 
 # dense bfloat16 FLOP/s by the name torch.cuda gives the device [NVIDIA's data sheets]
@@ -731,17 +748,21 @@ def train(s):
         raise ValueError(f"--micro-batch {s.micro_batch}: must divide a process's {s.batch // world} samples")
     (teacher, info), decoder = first_of_machine(anywhere, lambda: (
         load_net(s.teacher, "--teacher", s, device), load_decoder(s, device)))
-    convention, shape, null = info["convention"], teacher.config["shape"], teacher.config["classes"]
+    convention, shape = info["convention"], teacher.config["shape"]
+    classes = null = teacher.config["classes"]                       # labels are 0 to null - 1
     make_folder(s.folder, rank)
     say = (lambda text: tqdm.write(text, file=sys.stdout)) if rank == 0 else lambda text: None
     parts, identity = build(teacher, s), fingerprint(teacher, convention)
-    first = resume(s, parts, identity, say)
+    first = resume(s, parts, identity, say, rank)
+    if anywhere(mean(torch.tensor(float(first), device=device)).item() != first):
+        raise ValueError(f"--out {s.folder}: processes see different checkpoints; name a folder all share")
     v, hold = velocities(teacher, parts, convention, s, world)
     log = s.folder / "metrics.jsonl"
     size = sum(p.numel() for p in parts["student"].parameters()) / 1e6
     say(f"teacher {s.teacher} (convention {convention}), student of {size:.2f} M parameters, "
         f"{world} process(es) on {device.type}, steps {first} to {s.steps}")
     if rank == 0:
+        clear_stale(s.folder)
         trim(log, first)
         truth = reference(teacher, convention, s, device)
     peak = next((f for name, f in PEAK.items() if device.type == "cuda"
@@ -750,28 +771,29 @@ def train(s):
     signals = []                                    # the first one is heeded after the step, a second at once
     def heed(number, _):
         signals.append(signal.Signals(number).name)
-        signal.signal(number, signal.SIG_DFL)
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
     before = {number: signal.signal(number, heed) for number in (signal.SIGTERM, signal.SIGINT)}
 
     quiet = rank > 0 or not sys.stderr.isatty()                      # plain lines when piped
     halted, pending = torch.zeros((), device=device), []
     clock, since, done, stop = time.perf_counter(), first, first, False
     for step in tqdm(range(first, s.steps), initial=first, total=s.steps, disable=quiet):
-        draws = [to_device(prior(shape, null, s, step, part, rank, world), device)
+        draws = [to_device(prior(shape, classes, s, step, part, rank, world), device)
                  for part in ("prediction", "correction")]
         terms = training_step(v, null, parts, s, step, draws, halted, mean, hold)
-        here = terms.pop("here")
-        pending.append(torch.stack([*terms.values(), here]))
+        local = terms.pop("local")
+        pending.append(torch.stack([*terms.values(), local]))
         done, stop = step + 1, anywhere(signals != [])
         logged, evaluated, saved = (done == s.steps or done % n == 0
                                     for n in (s.log_every, s.eval_every, s.ckpt_every))
         if not (logged or evaluated or saved or stop or device.type == "cpu"):
             continue
         found = torch.stack(pending).tolist()                        # the one wait for the device
-        for at, (*values, here) in enumerate(found, start=done - len(found) + 1):
+        for at, (*values, local) in enumerate(found, start=done - len(found) + 1):
             for name, value in zip(terms, values):
                 if not math.isfinite(value):
-                    began = [r for r in range(world) if anywhere(r == rank and not math.isfinite(here))]
+                    began = [r for r in range(world) if anywhere(r == rank and not math.isfinite(local))]
                     raise FloatingPointError(
                         f"{name} is {value} at step {at} (rank {began or 'any'}): stopped before "
                         f"the optimiser; checkpoints in {s.folder} are untouched")
@@ -791,9 +813,10 @@ def train(s):
                 left = datetime.timedelta(seconds=round(seconds * (s.steps - done)))
                 say("  ".join(f"{k} {value:.4g}" for k, value in line.items())
                     + f"  ms/step {1e3 * seconds:.0f}  left {left}")
-            clock, since = time.perf_counter(), done
         if rank == 0 and (saved or stop):
             save_checkpoint(s, parts, done, identity)
+        if logged or evaluated or saved:
+            clock, since = time.perf_counter(), done
         if stop:
             break
     for number, handler in before.items():
@@ -981,6 +1004,12 @@ def sample(s, args):
         load_net(path, flag, s, device, student=bool(args.sample)), load_decoder(s, device)))
     convention, shape = info["convention"], net.config["shape"]
     labels = parse_labels(args.labels, net.config["classes"])
+    if args.eval:                                            # what it needs is missed now, not after hours
+        fid.open_side(args.eval)
+        try:
+            fid.load_inception(args.inception)
+        except ValueError as e:
+            raise ValueError(str(e).replace("--weights", "--inception")) from None
     if args.sample:
         low, high = info.get("gamma", (args.guidance, args.guidance))
         if rank == 0 and not low <= args.guidance <= high:
@@ -1021,11 +1050,10 @@ def sample(s, args):
 
 def parse_labels(text, classes):
     """"balanced" (all classes in turn), "7" or "0-9" -> list of labels. Raises ValueError naming the flag."""
-    try:
-        ends = text.split("-")
-        low, high = (0, classes - 1) if text == "balanced" else (int(ends[0]), int(ends[-1]))
-    except ValueError:
-        low, high = 1, 0
+    ends = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    low, high = (0, classes - 1) if text == "balanced" else (1, 0)
+    if ends:
+        low, high = int(ends[1]), int(ends[2] or ends[1])
     if not 0 <= low <= high < classes:
         raise ValueError(f"--labels {text}: give balanced, one label or LOW-HIGH, within 0 to {classes - 1}")
     return list(range(low, high + 1))
@@ -1053,7 +1081,7 @@ def parse(argv):
     group.add_argument("--rollout", type=int, metavar="N", help="N many-step samples of the teacher")
     group.add_argument("--dry-run", action="store_true", help="print settings, sizes and files to be written")
     group.add_argument("--export", metavar="F", help="write the student to F in the released layout")
-    group.add_argument("--ckpt", metavar="F", help="their weights (default: OUT/student.pt, else bundled)")
+    group.add_argument("--ckpt", metavar="F", help="their weights (default: OUT/student.pt, the teacher)")
     group.add_argument("--guidance", type=float, default=1.5, metavar="γ", help="of these two (1.5)")
     group.add_argument("--labels", default="balanced", help="balanced (default), one label or LOW-HIGH")
     group.add_argument("--solver", default="heun", help="of --rollout: heun or euler (default: heun)")
@@ -1067,11 +1095,12 @@ def parse(argv):
     tasks = [name for name in ("sample", "rollout", "export", "dry_run") if vars(args)[name]]
     makes = {"sample", "rollout"}
     users = {"ckpt": makes | {"export"}, "guidance": makes, "labels": makes, "solver": {"rollout"},
-             "rollout_steps": {"rollout"}, "eval": makes, "inception": makes}
+             "rollout_steps": {"rollout"}, "eval": makes}
     rules = [*((name, vars(args)[name] is None or vars(args)[name] >= 1, "must be at least 1")
                for name in ("sample", "rollout", "rollout_steps")),
              *((name, name == tasks[0], f"not both: --{tasks[0]} is given") for name in tasks),
              ("solver", args.solver in ("heun", "euler"), "choose heun or euler"),
+             ("inception", not args.inception or args.eval, "goes with --eval"),
              ("guidance", args.guidance >= 0 and math.isfinite(args.guidance), "must be 0 or more"),
              *((name, vars(args)[name] == parser.get_default(name) or users[name] & set(tasks),
                 "goes with " + " or ".join(f"--{task}" for task in sorted(users[name]))) for name in users)]
@@ -1095,13 +1124,14 @@ def dry_run(s):
 
 def keep_freed_memory():
     """Let glibc keep freed blocks instead of handing them back to the system: a step on the CPU, which asks
-    for the same blocks over and over, was 11 % faster (README, "What a step costs"). Elsewhere, nothing."""
+    for the same blocks over and over, is faster so (README, "What a step costs"). Elsewhere, nothing."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     for parameter in (-1, -3) if mallopt else ():                    # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
         mallopt(parameter, 2 ** 31 - 1)
 
 
 def main(argv=None):
+    code = 0
     try:
         s, args = parse(argv)
         keep_freed_memory()
@@ -1112,17 +1142,16 @@ def main(argv=None):
             make_folder(Path(args.export).parent, flag="--export")
             export(Path(args.export), net)
         elif args.sample or args.rollout:
-            return sample(s, args)
+            code = sample(s, args)
         else:
             train(s)
     except (ValueError, OSError, FloatingPointError) as e:
         if os.environ.get("RANK", "0") == "0" or not isinstance(e, ValueError):     # all ranks refuse alike
             print(f"fmd.py: {e}", file=sys.stderr)
-        return 1 if isinstance(e, FloatingPointError) else 2
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    return 0
+        return 1 if isinstance(e, FloatingPointError) else 2        # and torchrun ends the others
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return code
 
 
 if __name__ == "__main__":
