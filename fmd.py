@@ -116,7 +116,8 @@ class Settings:
 
     def __post_init__(self):
         multiple = next((m for m in range(1, 101) if round(m * self.correction, 9) % 1 == 0), 100)
-        device = re.fullmatch(r"cpu|cuda(?::(\d+))?", self.device)
+        device = re.fullmatch(r"cpu|cuda:?(\d*)", self.device)
+        there = self.device == "cpu" or (device and int(device[1] or 0) < torch.cuda.device_count())
         share_fits = 0 <= self.correction <= 1
         whole = not share_fits or math.isclose(self.batch * self.correction, self.corrected, abs_tol=1e-6)
         counts = ("steps", "batch", "log_every", "eval_every", "ckpt_every")
@@ -145,8 +146,7 @@ class Settings:
                  ("decay_from", 0 <= self.decay_from <= 1, "must be in [0, 1]"),
                  ("ema", 0 <= self.ema < 1, "must be in [0, 1)"),
                  ("device", device, "choose cpu, cuda or cuda:N"),
-                 ("device", self.device == "cpu" or device and int(device[1] or 0) < torch.cuda.device_count(),
-                   "no such GPU here: use cpu")]
+                 ("device", there, "no such GPU here: use cpu")]
         for name, fine, fix in rules:
             if not fine:
                 raise ValueError(f"--{name.replace('_', '-')} {plain(getattr(self, name))}: {fix}")
