@@ -20,7 +20,7 @@ reproduces because the graph does it; a cleaner choice would give another number
   python fid.py SAMPLES REFERENCE                              all metrics the two allow
   python fid.py SAMPLES REFERENCE --metrics fid --json         one, as JSON
   python fid.py IMAGES --save-stats stats.npz                  statistics, a later REFERENCE
-  torchrun --nproc_per_node=8 fid.py SAMPLES REFERENCE         the same numbers from many processes
+  torchrun --nproc_per_node=8 fid.py SAMPLES REFERENCE         the same, to rounding, from many processes
 
 Either is a folder of images (searched to any depth), an .npz with arr_0 (uint8, N x H x W x 3 or 1) or with
 mu, sigma (and mu_s, sigma_s for sFID), such as the reference batches of ADM.
