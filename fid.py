@@ -475,7 +475,9 @@ def measure(side, net, wanted, keep, batch=None, workers=None):
     bar = tqdm(total=side.count, desc=side.path, unit="img", disable=rank > 0 or not sys.stderr.isatty())
     try:
         for start, images in side.batches(batch, rank, world, workers):
-            rows = dict(zip(KEYS, features(net, images)))
+            # the last batch is filled up: in a shorter one rounding would depend on the number of threads
+            full = nnf.pad(images, (0, 0, 0, 0, 0, 0, 0, batch - len(images)))
+            rows = {metric: x[:len(images)] for metric, x in zip(KEYS, features(net, full))}
             for metric in wanted:
                 moments[metric].add(rows[metric])
             if keep:
