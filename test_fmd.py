@@ -1634,18 +1634,6 @@ def test_bad_input_gets_one_line_and_exit_code_2(work, capsys, args, message):
     assert sorted(Path().rglob("*")) == before
 
 
-def test_a_failed_write_keeps_the_old_file(tmp_path):
-    def fail(f):
-        f.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    path = tmp_path / "a"
-    fid.write(path, lambda f: f.write(b"whole"))
-    with pytest.raises(OSError):
-        fid.write(path, fail)
-    assert path.read_bytes() == b"whole" and list(tmp_path.iterdir()) == [path]
-
-
 # -----------------------------------------------------------------------------------------------------------
 # A run that survives: signals, kills, damage, other world sizes
 # -----------------------------------------------------------------------------------------------------------
