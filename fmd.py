@@ -31,6 +31,7 @@ Launch:
   torchrun --nproc_per_node=8 fmd.py --res 256               ImageNet, from the released SiT-XL/2
   python fmd.py --sample 100 --guidance 1.5 --labels 0-9     one-step samples
   python fmd.py --rollout 100 --solver heun                  the teacher's, in many steps
+  python fmd.py --rollout 100 --search 8                     each from the best of 8 noises
   torchrun --nproc_per_node=8 fmd.py --res 256 --sample 50000 --eval REF.npz      and their FID
   python fmd.py --dry-run                                    settings, sizes and files, without running
 """
@@ -40,11 +41,13 @@ import copy
 import ctypes
 import dataclasses
 import datetime
+import functools
 import hashlib
 import json
 import math
 import os
 import re
+import runpy
 import signal
 import sys
 import time
@@ -415,45 +418,23 @@ def objectives(v, null, s, pred, corr):
     return both(F, u, g, z, pred["delta"], corr["n"], corr["r"], derivative)
 
 
-def batch_losses(v, null, s, draws, mean=torch.mean, hold=lambda name: nullcontext()):
-    """The losses of a whole batch, taken backward -> what to log, tensors. v, null: see objectives.
-
-    Draws of more rows than s.micro_batch go in pieces. λ needs the residuals of all of them, so they come
-    first, without the student's graph; then the loss's gradient in F is known, and goes back through the
-    student piece by piece (gradient caching, arXiv 2101.06983), at the price of one more forward.
-    hold(name): a context in which DDP does not yet average that network's gradients."""
-    rows = sum(len(part["y"]) for part in draws)
-    count = rows // (s.micro_batch or rows)
-    pieces = [[{name: a.chunk(count)[i] if len(a) else a for name, a in part.items()} for part in draws]
-              for i in range(count)]
-    # one piece: `average` below carries the student's graph, and loss.backward() does it all. More: it is a
-    # leaf, loss.backward() only fills average.grad, and the last loop takes that back through the student
-    graphless = v if count == 1 else {**v, "student": torch.no_grad()(v["forward"])}
-    targets = []
-    for i, (pred, corr) in enumerate(pieces):
-        with hold("online") if i + 1 < count else nullcontext():
-            average, G, N, online_loss = objectives(graphless, null, s, pred, corr)
-            if len(N):
-                (online_loss / count).backward()
-        targets.append((average[:len(G)], average[len(G):], G, N, online_loss.detach()[None]))
-    average_G, average_N, G, N, online_loss = map(torch.cat, zip(*targets))
-    average = torch.cat([average_G, average_N])                                       # (B, ...)
-    if count > 1:
-        average.requires_grad_()
+def batch_losses(v, null, s, pred, corr, mean=torch.mean):
+    """The losses on draws of the prior, taken backward -> what to log, tensors. v, null: see objectives."""
+    average, G, N, online_loss = objectives(v, null, s, pred, corr)
+    if len(N):
+        online_loss.backward()
     loss, lam = student_loss(average, G, N, s.k, s.alpha, mean)
     loss.backward()
-    for i, (pred, corr) in enumerate(pieces if count > 1 else ()):
-        z, y, gamma = (torch.cat([pred[name], corr[name]]) for name in ("z", "y", "gamma"))
-        delta = torch.cat([pred["delta"], torch.ones_like(corr["gamma"])])
-        gradient = torch.cat([a.chunk(count)[i] for a in average.grad.split([len(G), len(N)]) if len(a)])
-        with hold("student") if i + 1 < count else nullcontext():
-            student_of(v["student"], y, gamma)(z, delta).backward(gradient)
+    return to_log(G, N, online_loss, lam, mean)
+
+
+def to_log(G, N, online_loss, lam, mean):
+    """Mean squares of the residuals per dimension, g's loss, λ; and "local", which tells processes apart when
+    something is not finite."""
     terms = {"prediction": mean(G.flatten(1).square().mean(1))} if len(G) else {}
     if len(N):
-        terms |= {"correction": mean(N.flatten(1).square().mean(1)), "online": mean(online_loss),
-                  "lambda": lam}
-    terms["local"] = (G.sum() + N.sum() + online_loss.sum()).detach()     # tells which process was not finite
-    return terms
+        terms |= {"correction": mean(N.flatten(1).square().mean(1)), "online": mean(online_loss), "lambda": lam}
+    return {**terms, "local": (G.sum() + N.sum() + online_loss.sum()).detach()}
 
 
 def learning_rate(step, s):
@@ -461,12 +442,12 @@ def learning_rate(step, s):
     return min((step + 1) / (s.warmup + 1), 1.0, (s.steps - step) / max(1.0, s.steps * (1 - s.decay_from)))
 
 
-def training_step(v, null, parts, s, step, draws, halted, mean=torch.mean, hold=lambda name: nullcontext()):
+def training_step(v, null, parts, s, step, draws, halted, mean=torch.mean, losses=batch_losses):
     """Losses, gradients, optimisers, EMA: one step on parts (see build) -> what to log, tensors.
 
     halted, a float tensor of no dimensions on the device, becomes 1 when a term is not finite; from then on
     no optimiser moves a weight, and nobody has waited for the device to know it."""
-    terms = batch_losses(v, null, s, draws, mean, hold)
+    terms = losses(v, null, s, *draws, mean)
     for name in ("student", "online") if "online" in terms else ("student",):
         terms[f"{name}_grad_norm"] = torch.nn.utils.clip_grad_norm_(parts[name].parameters(), s.clip)
     finite = torch.stack(list(terms.values())).isfinite().all()
@@ -616,6 +597,35 @@ def velocities(teacher, parts, convention, s, world=1):
             lambda name: nets[name].no_sync() if world > 1 else nullcontext())
 
 
+def losses_in_pieces(v, null, s, pred, corr, mean, hold):
+    """batch_losses, s.micro_batch rows at a time: the same gradient in less memory, for one more forward.
+
+    λ needs the residuals of all rows, so they come first, without the student's graph; then the loss's
+    gradient in F is known, average.grad, and goes back through the student piece by piece (gradient caching,
+    arXiv 2101.06983). hold(name): a context in which DDP does not yet average that network's gradients."""
+    count = (len(pred["y"]) + len(corr["y"])) // s.micro_batch
+    pieces = [[{name: a.chunk(count)[i] if len(a) else a for name, a in part.items()} for part in (pred, corr)]
+              for i in range(count)]
+    graphless, targets = {**v, "student": torch.no_grad()(v["forward"])}, []
+    for i, (pred, corr) in enumerate(pieces):
+        with hold("online") if i + 1 < count else nullcontext():
+            average, G, N, online_loss = objectives(graphless, null, s, pred, corr)
+            if len(N):
+                (online_loss / count).backward()
+        targets.append((average[:len(G)], average[len(G):], G, N, online_loss.detach()[None]))
+    average_G, average_N, G, N, online_loss = map(torch.cat, zip(*targets))
+    average = torch.cat([average_G, average_N]).requires_grad_()                      # (B, ...)
+    loss, lam = student_loss(average, G, N, s.k, s.alpha, mean)
+    loss.backward()
+    for i, (pred, corr) in enumerate(pieces):
+        z, y, gamma = (torch.cat([pred[name], corr[name]]) for name in ("z", "y", "gamma"))
+        delta = torch.cat([pred["delta"], torch.ones_like(corr["gamma"])])
+        gradient = torch.cat([a.chunk(count)[i] for a in average.grad.split([len(G), len(N)]) if len(a)])
+        with hold("student") if i + 1 < count else nullcontext():
+            student_of(v["student"], y, gamma)(z, delta).backward(gradient)
+    return to_log(G, N, online_loss, lam, mean)
+
+
 def make_folder(folder, rank=0, flag="--out"):
     """Create it and see that it can be written."""
     if rank > 0:
@@ -758,6 +768,7 @@ def train(s):
     if anywhere(mean(torch.tensor(float(first), device=device)).item() != first):
         raise ValueError(f"--out {s.folder}: processes see different checkpoints; name a folder all share")
     v, hold = velocities(teacher, parts, convention, s, world)
+    losses = functools.partial(losses_in_pieces, hold=hold) if s.micro_batch else batch_losses
     log = s.folder / "metrics.jsonl"
     size = sum(p.numel() for p in parts["student"].parameters()) / 1e6
     say(f"teacher {s.teacher} (convention {convention}), student of {size:.2f} M parameters, "
@@ -782,7 +793,7 @@ def train(s):
     for step in tqdm(range(first, s.steps), initial=first, total=s.steps, disable=quiet):
         draws = [to_device(prior(shape, classes, s, step, part, rank, world), device)
                  for part in ("prediction", "correction")]
-        terms = training_step(v, null, parts, s, step, draws, halted, mean, hold)
+        terms = training_step(v, null, parts, s, step, draws, halted, mean, losses)
         local = terms.pop("local")
         pending.append(torch.stack([*terms.values(), local]))
         done, stop = step + 1, anywhere(signals != [])
@@ -855,18 +866,19 @@ def chunk(shape):
 
 
 def noise(seed, indices, shape):
-    """(len(indices), *shape): noise i depends on the seed and i alone."""
+    """(len(indices), *shape): noise i depends on the seed and i alone. An index may be any name."""
     return torch.stack([torch.randn(*shape, generator=generator(seed, "sample", i)) for i in indices])
 
 
-def generate(make, count, seed, shape, labels, device, rank=0, world=1, size=None):
+def generate(make, count, seed, shape, labels, device, rank=0, world=1, size=None, pick=None):
     """Samples by make(z, y), labels in turn, a chunk at a time -> yields start, z, y, x. Each process makes
-    every world-th chunk."""
+    every world-th chunk. pick(z, y, indices) may put other noises in the place of z."""
     size = size or chunk(shape)
     starts = range(rank * size, count, world * size)
     for start in tqdm(starts, desc="sampling", leave=False, disable=rank > 0 or not sys.stderr.isatty()):
         i = range(start, start + size)
         z, y = noise(seed, i, shape), torch.tensor([labels[j % len(labels)] for j in i])
+        z = pick(z.to(device), y.to(device), i) if pick else z
         x = make(z.to(device), y.to(device))
         yield start, z[:count - start], y[:count - start], x[:count - start]
 
@@ -894,6 +906,32 @@ def many_steps(net, convention, gamma, steps, solver, interval=(0, 1), bf16=Fals
 def evaluations(steps, solver, gamma):
     """Network evaluations of a rollout: Heun takes two a step, guidance doubles them."""
     return steps * (1 + (solver == "heun")) * (1 + (gamma != 1))
+
+
+def label_score(velocity, null, times=(0.4, 0.7)):
+    """-> score(x, y), higher is better: how much better the teacher foresees x's noising when told the label
+    than when not (its own classifier, arXiv 2303.16203). Costs 2 evaluations for each of the times."""
+    def score(x, y):
+        gain = 0
+        for time in times:                                           # the same noise for all: scores compare
+            r, n = x.new_full((len(x),), time), noise("score", [time], x.shape[1:]).to(x)
+            x_r, nulls = interpolate(x, n, r), torch.full_like(y, null)
+            velocities = velocity(torch.cat([x_r, x_r]), torch.cat([r, r]), torch.cat([y, nulls]))
+            u_y, u_null = velocities.chunk(2)                        # 2 x (B, ...); both aim at x - n
+            gain = gain + ((u_null - (x - n)) ** 2 - (u_y - (x - n)) ** 2).flatten(1).mean(1) / len(times)
+        return gain
+    return torch.no_grad()(score)
+
+
+def best_of(tries, make, score, seed):
+    """-> pick(z, y, indices) for generate: of z and tries - 1 more noises for each index, the one whose
+    one-step sample make(z, y) has the highest score(x, y) [paper, Fig. 8]."""
+    def pick(z, y, indices):
+        more = [noise(seed, [f"{i}/{j}" for i in indices], z.shape[1:]).to(z) for j in range(1, tries)]
+        zs = torch.stack([z, *more])                                                  # (tries, B, ...)
+        scores = torch.stack([score(make(z, y), y) for z in zs])                      # (tries, B)
+        return zs[scores.argmax(0), torch.arange(len(z), device=z.device)]
+    return pick
 
 
 def moments(x):
@@ -935,11 +973,16 @@ def compare(net, convention, truth):
     return {"endpoint_error": round(error, 5), "frechet": round(frechet, 4)}, x, ms
 
 
+def decoded(x, decoder):
+    """Latents through the decoder, eight at a time; without one, x itself."""
+    if decoder is None:
+        return x
+    return torch.cat([decoder(part) for part in x.to(next(decoder.parameters()).device).split(8)])
+
+
 def to_uint8(x, decoder=None):
-    """(N, C, H, W) in [-1, 1] -> (N, H, W, C) uint8, by the rule of DiT, SiT and FreeFlow; latents go through
-    the decoder first, eight at a time."""
-    if decoder is not None:
-        x = torch.cat([decoder(part.to(next(decoder.parameters()).device)).cpu() for part in x.split(8)])
+    """(N, C, H, W) in [-1, 1], or latents -> (N, H, W, C) uint8, by the rule of DiT, SiT and FreeFlow."""
+    x = decoded(x, decoder)
     return (127.5 * x + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
@@ -999,11 +1042,11 @@ def sample(s, args):
     collected in a file as large as they are, mapped into memory, which every process fills in places."""
     rank, world, device, _, anywhere = join(s)
     count, name = args.sample or args.rollout, "samples" if args.sample else "rollout"
-    path = student_path(s, args) if args.sample else args.ckpt or s.teacher
-    flag = "--ckpt" if args.sample or args.ckpt else "--teacher"
+    path = student_path(s, args) if args.sample else s.teacher
     (net, info), decoder = first_of_machine(anywhere, lambda: (
-        load_net(path, flag, s, device, student=bool(args.sample)), load_decoder(s, device)))
-    convention, shape = info["convention"], net.config["shape"]
+        load_net(path, "--ckpt" if args.sample else "--teacher", s, device, student=bool(args.sample)),
+        load_decoder(s, device)))
+    convention, shape, pick = info["convention"], net.config["shape"], None
     labels = parse_labels(args.labels, net.config["classes"])
     if args.eval:                                            # what it needs is missed now, not after hours
         fid.open_side(args.eval)
@@ -1019,6 +1062,9 @@ def sample(s, args):
     else:
         make = many_steps(net, convention, args.guidance, args.rollout_steps, args.solver, s.interval, s.bf16)
         nfe = evaluations(args.rollout_steps, args.solver, args.guidance)
+    if args.search:
+        pick, cost = searcher(s, args, net, convention, decoder, device)
+        nfe += args.search * cost
     make_folder(s.folder, rank)
     side, channels = (shape[1], shape[0]) if decoder is None else (8 * shape[1], 3)
     npz, raw = s.folder / f"{name}.npz", s.folder / f".{name}.npy.tmp"
@@ -1027,7 +1073,7 @@ def sample(s, args):
             np.lib.format.open_memmap(raw, "w+", np.uint8, (count, side, side, channels))
         anywhere(False)                                                      # the others wait for the file
         clock, x = time.perf_counter(), np.lib.format.open_memmap(raw, "r+")
-        for start, _, _, made in generate(make, count, s.seed, shape, labels, device, rank, world):
+        for start, _, _, made in generate(make, count, s.seed, shape, labels, device, rank, world, pick=pick):
             x[start:start + len(made)] = to_uint8(made, decoder)
         x.flush()
         anywhere(False)
@@ -1047,6 +1093,23 @@ def sample(s, args):
         inception = ["--weights", args.inception] if args.inception else []
         return fid.main([str(npz), args.eval, "--device", s.device, *inception])
     return 0
+
+
+def searcher(s, args, teacher, convention, decoder, device):
+    """--search: -> best_of's pick, and what a noise costs in evaluations, a scorer of the user's not counted."""
+    path = student_path(s, args)
+    student, info = load_net(path, "--ckpt", s, device, student=True)
+    if any(student.config[name] != teacher.config[name] for name in ("shape", "classes")):
+        raise ValueError(f"--ckpt {path}: not a student of --teacher {s.teacher}: give its own")
+    one = one_step(student, info["convention"], args.guidance)
+    if not args.scorer:
+        return best_of(args.search, one, label_score(velocity_of(teacher, convention, s.bf16),
+                                                     teacher.config["classes"]), s.seed), 5
+    try:
+        score = runpy.run_path(args.scorer)["score"]
+    except Exception as e:                                                  # whatever the user's file may raise
+        raise ValueError(f"--scorer {args.scorer}: no score(x, y) to be had ({type(e).__name__}: {e})") from None
+    return best_of(args.search, one, lambda x, y: score(decoded(x, decoder), y), s.seed), 1
 
 
 def parse_labels(text, classes):
@@ -1082,11 +1145,13 @@ def parse(argv):
     group.add_argument("--rollout", type=int, metavar="N", help="N many-step samples of the teacher")
     group.add_argument("--dry-run", action="store_true", help="print settings, sizes and files to be written")
     group.add_argument("--export", metavar="F", help="write the student to F in the released layout")
-    group.add_argument("--ckpt", metavar="F", help="their weights (default: OUT/student.pt, the teacher)")
+    group.add_argument("--ckpt", metavar="F", help="the student (OUT/student.pt; at 28 else the bundled one)")
     group.add_argument("--guidance", type=float, default=1.5, metavar="γ", help="of these two (1.5)")
     group.add_argument("--labels", default="balanced", help="balanced (default), one label or LOW-HIGH")
     group.add_argument("--solver", default="heun", help="of --rollout: heun or euler (default: heun)")
     group.add_argument("--rollout-steps", type=int, default=32, metavar="K", help="of --rollout (32)")
+    group.add_argument("--search", type=int, metavar="N", help="of --rollout: from the best of N noises")
+    group.add_argument("--scorer", metavar="F", help="of --search: a Python file with score(x, y), see README")
     group.add_argument("--eval", metavar="REF", help="then FID, sFID, IS, P/R of the samples against REF")
     group.add_argument("--inception", metavar="F", help="of --eval: Inception's weights, or random")
     args = parser.parse_args(argv)
@@ -1095,15 +1160,16 @@ def parse(argv):
     s = Settings(**{**PRESETS.get(given.get("res", 28), {}), **given})
     tasks = [name for name in ("sample", "rollout", "export", "dry_run") if vars(args)[name]]
     makes = {"sample", "rollout"}
-    users = {"ckpt": makes | {"export"}, "guidance": makes, "labels": makes, "solver": {"rollout"},
-             "rollout_steps": {"rollout"}, "eval": makes}
+    users = {"ckpt": {"sample", "export", "search"}, "guidance": makes, "labels": makes, "solver": {"rollout"},
+             "rollout_steps": {"rollout"}, "search": {"rollout"}, "scorer": {"search"}, "eval": makes}
+    present = {*tasks, "search"} if args.search else set(tasks)
     rules = [*((name, vars(args)[name] is None or vars(args)[name] >= 1, "must be at least 1")
-               for name in ("sample", "rollout", "rollout_steps")),
+               for name in ("sample", "rollout", "rollout_steps", "search")),
              *((name, name == tasks[0], f"not both: --{tasks[0]} is given") for name in tasks),
              ("solver", args.solver in ("heun", "euler"), "choose heun or euler"),
              ("inception", not args.inception or args.eval, "goes with --eval"),
              ("guidance", args.guidance >= 0 and math.isfinite(args.guidance), "must be 0 or more"),
-             *((name, vars(args)[name] == parser.get_default(name) or users[name] & set(tasks),
+             *((name, vars(args)[name] == parser.get_default(name) or users[name] & present,
                 "goes with " + " or ".join(f"--{task}" for task in sorted(users[name]))) for name in users)]
     for name, fine, fix in rules:
         if not fine:

@@ -1524,6 +1524,89 @@ def test_rollout_command_is_the_rollout(work):
     assert np.abs(np.load("r/rollout.npz")["arr_0"] - want).max() < 1.01
 
 
+def test_label_score_by_hand():
+    """Two labels, Gaussians about +1 and -1: the velocities are explicit, and the right label scores higher."""
+    means = torch.tensor([1.0, -1.0, 0.0])  # of label 0, label 1, and without one
+
+    def velocity(x, t, y):
+        return gaussian_velocity(x, t, means[y][:, None], 0.3)
+
+    x, y = torch.tensor([[1.1], [-0.9], [1.1], [0.0]]), torch.tensor([0, 1, 1, 0])
+    want = torch.zeros(4)
+    for r in (0.4, 0.7):
+        n = fmd.noise("score", [r], (1,))
+        x_r, t = (1 - r) * x + r * n, torch.full((4,), r)
+        miss = [(velocity(x_r, t, label) - (x - n)).square()[:, 0] for label in (y, torch.full_like(y, 2))]
+        want += (miss[1] - miss[0]) / 2
+    got = fmd.label_score(velocity, 2)(x, y)
+    assert torch.allclose(got, want, atol=1e-6)
+    assert got[0] > 0.05 > -0.05 > got[2] and got[1] > 0.05
+
+
+def test_best_of_takes_the_noise_whose_sample_scores_highest():
+    def pick(tries, indices):
+        z = fmd.noise(3, indices, (2,))
+        best = fmd.best_of(tries, lambda z, y: 2 * z, lambda x, y: -(x - y[:, None]).square().sum(1), 3)
+        return best(z, torch.tensor([i % 3 for i in indices]), indices)
+
+    best = pick(6, range(5))
+    for i in range(5):
+        tried = [fmd.noise(3, [i], (2,))[0], *fmd.noise(3, [f"{i}/{j}" for j in range(1, 6)], (2,))]
+        want = min(tried, key=lambda z: (2 * z - i % 3).square().sum())
+        assert torch.equal(best[i], want)
+    assert torch.equal(pick(6, [3]), best[3:4]), "depends on its neighbours"
+    assert torch.equal(pick(1, range(5)), fmd.noise(3, range(5), (2,)))
+
+
+def test_search_command(work, capsys):
+    assert run(*SMALL, "--steps", 1, "--out", "o") == 0
+    common = ["--teacher", "teacher.pt", "--device", "cpu", "--rollout", 3, "--rollout-steps", 2]
+    Path("bright.py").write_text("def score(x, y):\n    return x.flatten(1).mean(1)\n")
+    assert run(*common, "--out", "plain") == 0
+    assert run(*common, "--out", "one", "--search", 1, "--ckpt", "o/student.pt") == 0
+    assert run(*common, "--out", "five", "--search", 5, "--ckpt", "o/student.pt", "--scorer", "bright.py") == 0
+    out = capsys.readouterr().out
+    assert f"{8 + 1 * 5} NFE" in out and f"{8 + 5 * 1} NFE" in out
+    plain, one, five = (np.load(f"{name}/rollout.npz")["arr_0"] for name in ("plain", "one", "five"))
+    assert np.array_equal(plain, one) and not np.array_equal(plain, five)
+    student, teacher = sit.load("o/student.pt")[0], sit.load("teacher.pt")[0]
+    for i in range(3):
+        tried = torch.cat([fmd.noise(0, [i], (1, 8, 8)), fmd.noise(0, [f"{i}/{j}" for j in range(1, 5)], (1, 8, 8))])
+        x = fmd.one_step(student, "sit", 1.5)(tried, torch.full((5,), i))
+        z = tried[x.flatten(1).mean(1).argmax()][None]
+        want = fmd.to_uint8(fmd.many_steps(teacher, "sit", 1.5, 2, "heun")(z, torch.tensor([i])))[0]
+        assert np.abs(want.astype(int) - five[i]).max() <= 1
+
+
+def test_findings_in_miniature(tmp_path, monkeypatch, capsys):
+    """Every table and chart of assets/findings.py comes out, on students of two steps."""
+    monkeypatch.syspath_prepend(HERE / "assets")
+    import findings
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(findings, "SETTINGS", findings.SETTINGS[-2:])
+    small = "--steps 2 --batch 8 --seeds 2 --samples 12 --images 4 --tries 2 --out o --pictures .".split()
+    for what, rows in (
+        ("objectives", 6),
+        ("settings", 5),
+        ("error", 0),
+        ("speed", 13),
+        ("guidance", 7),
+        ("search", 6),
+        ("figure", 0),
+    ):
+        findings.main([what, *small])
+        out = capsys.readouterr().out
+        assert out.count("\n|") + out.startswith("|") == rows and "nan" not in out, what
+    assert sorted(p.name for p in Path("o").iterdir()) == [
+        f"{name}-2-{seed}"
+        for name in ("alpha-3", "base", "correction-0", "correction-1", "derivative-jvp")
+        for seed in (0, 1)
+    ]
+    for name in ("error", "speed", "objectives"):
+        assert len(Image.open(f"{name}.png").getcolors(1 << 20)) > 5, "an empty picture"
+
+
 def test_dry_run_writes_nothing(work, capsys):
     before = sorted(Path().rglob("*"))
     assert run(*SMALL, "--dry-run") == 0
@@ -1569,6 +1652,16 @@ BAD = [
     (["--rollout", 1, "--solver", "rk4"], "--solver rk4: choose"),
     (["--rollout", 1, "--rollout-steps", 0], "--rollout-steps 0"),
     (["--rollout", 1, "--sample", 1], "not both"),
+    (["--rollout", 1, "--search", 0], "--search 0: must be at least 1"),
+    (["--sample", 1, "--search", 2], "--search 2: goes with --rollout"),
+    (["--rollout", 1, "--scorer", "s.py"], "--scorer s.py: goes with --search"),
+    (["--rollout", 1, "--ckpt", "student28.pt"], "--ckpt student28.pt: goes with"),
+    (["--rollout", 1, "--search", 2, "--ckpt", "gone.pt"], "--ckpt gone.pt: no such file"),
+    (["--rollout", 1, "--search", 2, "--ckpt", "other.pt"], "--ckpt other.pt: not a student of --teacher"),
+    (
+        ["--rollout", 1, "--search", 2, "--ckpt", "student28.pt", "--scorer", "text.pt"],
+        r"--scorer text.pt: no score\(x, y\)",
+    ),
     (["--rollout", 1, "--guidance", "nan"], "--guidance nan"),
     (["--guidance", 2], "--guidance 2.0: goes with --rollout or --sample"),
     (["--ckpt", "student.pt"], "--ckpt student.pt: goes with"),
@@ -1619,8 +1712,10 @@ def test_bad_input_gets_one_line_and_exit_code_2(work, capsys, args, message):
     torch.save({**torch.load("teacher.pt"), "convention": "edm"}, "odd.pt")
     latent = tiny(shape=(4, 8, 8))
     torch.save({"ema": latent.state_dict(), "config": latent.config}, "latent.pt")
-    student = tiny(shape=(1, 8, 8), dt=True, gw=True)
+    student = tiny(shape=(1, 8, 8), classes=10, dt=True, gw=True)
     torch.save({"ema": student.state_dict(), "config": student.config}, "student28.pt")
+    other = tiny(shape=(1, 16, 16), dt=True, gw=True)
+    torch.save({"ema": other.state_dict(), "config": other.config}, "other.pt")
     np.savez("ref.npz", arr_0=np.zeros((2, 8, 8, 1), np.uint8))
     Path("cut.pt").write_bytes(Path("teacher.pt").read_bytes()[:3000])
     before = sorted(Path().rglob("*"))
@@ -2075,6 +2170,8 @@ def test_readme_explains_every_flag():
         "--export",
         "--eval",
         "--inception",
+        "--search",
+        "--scorer",
     }
     assert not [f for f in flags if not re.search(rf"{f}\b", text)]
     for link in re.findall(r"assets/[\w.-]+", text):
