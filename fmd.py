@@ -118,41 +118,7 @@ class Settings:
     device: str = setting("cuda" if GPU else "cpu", "cpu, cuda or cuda:N", free=True)
 
     def __post_init__(self):
-        multiple = next((m for m in range(1, 101) if round(m * self.correction, 9) % 1 == 0), 100)
-        device = re.fullmatch(r"cpu|cuda:?(\d*)", self.device)
-        there = self.device == "cpu" or (device and int(device[1] or 0) < torch.cuda.device_count())
-        share_fits = 0 <= self.correction <= 1
-        whole = not share_fits or math.isclose(self.batch * self.correction, self.corrected, abs_tol=1e-6)
-        counts = ("steps", "batch", "log_every", "eval_every", "ckpt_every")
-        rates, sizes = ("lr", "online_lr", "clip"), ("k", "warmup", "seed", "micro_batch")
-        rules = [("res", self.res in PRESETS, f"choose from {sorted(PRESETS)}"),
-                 *((name, getattr(self, name) >= 1, "must be at least 1") for name in counts),
-                 *((name, 0 < getattr(self, name) < math.inf, "must be positive") for name in rates),
-                 *((name, getattr(self, name) >= 0, "must be 0 or more") for name in sizes),
-                 ("model", bool(re.fullmatch(rf"SiT-({'|'.join(sit.SIZES)})/[248]", self.model)),
-                   f"give SiT-SIZE/PATCH, SIZE of {list(sit.SIZES)}, PATCH of 2, 4, 8"),
-                 ("convention", self.convention in ("auto", *CONVENTIONS), f"auto or of {list(CONVENTIONS)}"),
-                 ("micro_batch", not share_fits or abs(
-                     self.micro_batch * self.correction - round(self.micro_batch * self.correction)) < 1e-6,
-                   f"times --correction {self.correction} must be whole: try a multiple of {multiple}"),
-                 ("eval_samples", self.eval_samples >= 2, "must be at least 2: a covariance needs two"),
-                 ("correction", share_fits, "must be in [0, 1]"),
-                 ("batch", whole,
-                   f"times --correction {self.correction} must be whole: try a multiple of {multiple}"),
-                 ("alpha", 0 < self.alpha < math.inf, "must be positive; no correction is --correction 0"),
-                 ("gamma", 0 <= self.gamma[0] <= self.gamma[1] < math.inf, "must be LOW HIGH from 0 up"),
-                 ("interval", 0 <= self.interval[0] <= self.interval[1] <= 1, "must be LOW HIGH in 0 to 1"),
-                 ("cut", 0 <= self.cut <= 1, "must be a time in [0, 1]"),
-                 ("r_location", math.isfinite(self.r_location), "must be finite"),
-                 ("r_scale", 0 < self.r_scale < math.inf, "must be positive"),
-                 ("derivative", self.derivative in ("jvp", "fd"), "choose jvp or fd"),
-                 ("decay_from", 0 <= self.decay_from <= 1, "must be in [0, 1]"),
-                 ("ema", 0 <= self.ema < 1, "must be in [0, 1)"),
-                 ("device", device, "choose cpu, cuda or cuda:N"),
-                 ("device", there, "no such GPU here: use cpu")]
-        for name, fine, fix in rules:
-            if not fine:
-                raise ValueError(f"--{name.replace('_', '-')} {plain(getattr(self, name))}: {fix}")
+        check(self)                                             # section 9: refuses what cannot be meant
 
     @property
     def corrected(self):
@@ -429,11 +395,12 @@ def batch_losses(v, null, s, pred, corr, mean=torch.mean):
 
 
 def to_log(G, N, online_loss, lam, mean):
-    """Mean squares of the residuals per dimension, g's loss, λ; and "local", which tells processes apart when
-    something is not finite."""
+    """Mean squares of the residuals per dimension, g's loss, λ; and "local", which tells in which process
+    something was not finite."""
     terms = {"prediction": mean(G.flatten(1).square().mean(1))} if len(G) else {}
     if len(N):
-        terms |= {"correction": mean(N.flatten(1).square().mean(1)), "online": mean(online_loss), "lambda": lam}
+        terms |= {"correction": mean(N.flatten(1).square().mean(1)), "online": mean(online_loss),
+                  "lambda": lam}
     return {**terms, "local": (G.sum() + N.sum() + online_loss.sum()).detach()}
 
 
@@ -604,8 +571,8 @@ def losses_in_pieces(v, null, s, pred, corr, mean, hold):
     gradient in F is known, average.grad, and goes back through the student piece by piece (gradient caching,
     arXiv 2101.06983). hold(name): a context in which DDP does not yet average that network's gradients."""
     count = (len(pred["y"]) + len(corr["y"])) // s.micro_batch
-    pieces = [[{name: a.chunk(count)[i] if len(a) else a for name, a in part.items()} for part in (pred, corr)]
-              for i in range(count)]
+    pieces = [[{name: a.chunk(count)[i] if len(a) else a for name, a in part.items()}
+               for part in (pred, corr)] for i in range(count)]
     graphless, targets = {**v, "student": torch.no_grad()(v["forward"])}, []
     for i, (pred, corr) in enumerate(pieces):
         with hold("online") if i + 1 < count else nullcontext():
@@ -913,8 +880,8 @@ def label_score(velocity, null, times=(0.4, 0.7)):
     than when not (its own classifier, arXiv 2303.16203). Costs 2 evaluations for each of the times."""
     def score(x, y):
         gain = 0
-        for time in times:                                           # the same noise for all: scores compare
-            r, n = x.new_full((len(x),), time), noise("score", [time], x.shape[1:]).to(x)
+        for t in times:                                              # the same noise for all: scores compare
+            r, n = x.new_full((len(x),), t), noise("score", [t], x.shape[1:]).to(x)
             x_r, nulls = interpolate(x, n, r), torch.full_like(y, null)
             velocities = velocity(torch.cat([x_r, x_r]), torch.cat([r, r]), torch.cat([y, nulls]))
             u_y, u_null = velocities.chunk(2)                        # 2 x (B, ...); both aim at x - n
@@ -1043,9 +1010,10 @@ def sample(s, args):
     rank, world, device, _, anywhere = join(s)
     count, name = args.sample or args.rollout, "samples" if args.sample else "rollout"
     path = student_path(s, args) if args.sample else s.teacher
-    (net, info), decoder = first_of_machine(anywhere, lambda: (
+    (net, info), decoder, guide = first_of_machine(anywhere, lambda: (
         load_net(path, "--ckpt" if args.sample else "--teacher", s, device, student=bool(args.sample)),
-        load_decoder(s, device)))
+        load_decoder(s, device),
+        load_net(student_path(s, args), "--ckpt", s, device, student=True) if args.search else None))
     convention, shape, pick = info["convention"], net.config["shape"], None
     labels = parse_labels(args.labels, net.config["classes"])
     if args.eval:                                            # what it needs is missed now, not after hours
@@ -1063,7 +1031,7 @@ def sample(s, args):
         make = many_steps(net, convention, args.guidance, args.rollout_steps, args.solver, s.interval, s.bf16)
         nfe = evaluations(args.rollout_steps, args.solver, args.guidance)
     if args.search:
-        pick, cost = searcher(s, args, net, convention, decoder, device)
+        pick, cost = searcher(s, args, net, convention, *guide, decoder)
         nfe += args.search * cost
     make_folder(s.folder, rank)
     side, channels = (shape[1], shape[0]) if decoder is None else (8 * shape[1], 3)
@@ -1083,7 +1051,8 @@ def sample(s, args):
             write(npz, lambda f: np.savez(f, arr_0=x, arr_1=y))              # streams x from the mapped file
             rows = [x[i:i + 10] for i in range(0, min(100, count), 10)]
             write(s.folder / f"{name}-grid.png", lambda f: picture(rows, [""] * len(rows)).save(f, "PNG"))
-            print(f"{count} samples of {path}, {nfe} NFE, {ms:.2f} ms each")
+            spent = f" ({args.search * cost} to choose among {args.search} noises)" if args.search else ""
+            print(f"{count} samples of {path}, {nfe} NFE{spent}, {ms:.2f} ms each")
             print(f"In {s.folder}: {npz.name}  {name}-grid.png")
     finally:
         if rank == 0:
@@ -1095,20 +1064,20 @@ def sample(s, args):
     return 0
 
 
-def searcher(s, args, teacher, convention, decoder, device):
-    """--search: -> best_of's pick, and what a noise costs in evaluations, a scorer of the user's not counted."""
-    path = student_path(s, args)
-    student, info = load_net(path, "--ckpt", s, device, student=True)
+def searcher(s, args, teacher, convention, student, info, decoder):
+    """--search: -> best_of's pick, and the evaluations a noise costs (those of a --scorer are not known)."""
     if any(student.config[name] != teacher.config[name] for name in ("shape", "classes")):
-        raise ValueError(f"--ckpt {path}: not a student of --teacher {s.teacher}: give its own")
+        raise ValueError(f"--ckpt {student_path(s, args)}: not a student of --teacher {s.teacher}: give one")
     one = one_step(student, info["convention"], args.guidance)
     if not args.scorer:
-        return best_of(args.search, one, label_score(velocity_of(teacher, convention, s.bf16),
-                                                     teacher.config["classes"]), s.seed), 5
+        score = label_score(velocity_of(teacher, convention, s.bf16), teacher.config["classes"])
+        return best_of(args.search, one, score, s.seed), 5
     try:
         score = runpy.run_path(args.scorer)["score"]
-    except Exception as e:                                                  # whatever the user's file may raise
-        raise ValueError(f"--scorer {args.scorer}: no score(x, y) to be had ({type(e).__name__}: {e})") from None
+    except Exception as e:                                           # whatever the user's file may raise
+        reason = (str(e).splitlines() or [""])[0]
+        fault = f"no score(x, y) to be had ({type(e).__name__}: {reason})"
+        raise ValueError(f"--scorer {args.scorer}: {fault}") from None
     return best_of(args.search, one, lambda x, y: score(decoded(x, decoder), y), s.seed), 1
 
 
@@ -1126,6 +1095,43 @@ def parse_labels(text, classes):
 # -----------------------------------------------------------------------------------------------------------
 # 9. The command line: a flag for each setting, and what to do instead of training
 # -----------------------------------------------------------------------------------------------------------
+
+def check(s):
+    """Refuse settings that cannot be meant: ValueError with the flag, the value and the fix."""
+    device = re.fullmatch(r"cpu|cuda:?(\d*)", s.device)
+    there = s.device == "cpu" or (device and int(device[1] or 0) < torch.cuda.device_count())
+    share_fits = 0 <= s.correction <= 1
+    whole = (m for m in range(1, 10_000) if abs(m * s.correction - round(m * s.correction)) < 1e-6)
+    multiple = next(whole, 10_000) if share_fits else 1
+    divides = f"times --correction {s.correction} must be whole: try a multiple of {multiple}"
+    counts = ("steps", "batch", "log_every", "eval_every", "ckpt_every")
+    rates, sizes = ("lr", "online_lr", "clip"), ("k", "warmup", "seed", "micro_batch")
+    rules = [("res", s.res in PRESETS, f"choose from {sorted(PRESETS)}"),
+             *((name, getattr(s, name) >= 1, "must be at least 1") for name in counts),
+             *((name, 0 < getattr(s, name) < math.inf, "must be positive") for name in rates),
+             *((name, getattr(s, name) >= 0, "must be 0 or more") for name in sizes),
+             ("model", bool(re.fullmatch(rf"SiT-({'|'.join(sit.SIZES)})/[248]", s.model)),
+               f"give SiT-SIZE/PATCH, SIZE of {list(sit.SIZES)}, PATCH of 2, 4, 8"),
+             ("convention", s.convention in ("auto", *CONVENTIONS), f"auto or of {list(CONVENTIONS)}"),
+             ("micro_batch", s.micro_batch % multiple == 0, divides),
+             ("eval_samples", s.eval_samples >= 2, "must be at least 2: a covariance needs two"),
+             ("correction", share_fits, "must be in [0, 1]"),
+             ("batch", s.batch % multiple == 0, divides),
+             ("alpha", 0 < s.alpha < math.inf, "must be positive; no correction is --correction 0"),
+             ("gamma", 0 <= s.gamma[0] <= s.gamma[1] < math.inf, "must be LOW HIGH from 0 up"),
+             ("interval", 0 <= s.interval[0] <= s.interval[1] <= 1, "must be LOW HIGH in 0 to 1"),
+             ("cut", 0 <= s.cut <= 1, "must be a time in [0, 1]"),
+             ("r_location", math.isfinite(s.r_location), "must be finite"),
+             ("r_scale", 0 < s.r_scale < math.inf, "must be positive"),
+             ("derivative", s.derivative in ("jvp", "fd"), "choose jvp or fd"),
+             ("decay_from", 0 <= s.decay_from <= 1, "must be in [0, 1]"),
+             ("ema", 0 <= s.ema < 1, "must be in [0, 1)"),
+             ("device", device, "choose cpu, cuda or cuda:N"),
+             ("device", there, "no such GPU here: use cpu")]
+    for name, fine, fix in rules:
+        if not fine:
+            raise ValueError(f"--{name.replace('_', '-')} {plain(getattr(s, name))}: {fix}")
+
 
 def parse(argv):
     parser = argparse.ArgumentParser(prog="fmd.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
@@ -1151,7 +1157,7 @@ def parse(argv):
     group.add_argument("--solver", default="heun", help="of --rollout: heun or euler (default: heun)")
     group.add_argument("--rollout-steps", type=int, default=32, metavar="K", help="of --rollout (32)")
     group.add_argument("--search", type=int, metavar="N", help="of --rollout: from the best of N noises")
-    group.add_argument("--scorer", metavar="F", help="of --search: a Python file with score(x, y), see README")
+    group.add_argument("--scorer", metavar="F", help="of --search: a Python file with score(x, y)")
     group.add_argument("--eval", metavar="REF", help="then FID, sFID, IS, P/R of the samples against REF")
     group.add_argument("--inception", metavar="F", help="of --eval: Inception's weights, or random")
     args = parser.parse_args(argv)
@@ -1160,8 +1166,9 @@ def parse(argv):
     s = Settings(**{**PRESETS.get(given.get("res", 28), {}), **given})
     tasks = [name for name in ("sample", "rollout", "export", "dry_run") if vars(args)[name]]
     makes = {"sample", "rollout"}
-    users = {"ckpt": {"sample", "export", "search"}, "guidance": makes, "labels": makes, "solver": {"rollout"},
-             "rollout_steps": {"rollout"}, "search": {"rollout"}, "scorer": {"search"}, "eval": makes}
+    users = {"ckpt": {"sample", "export", "search"}, "guidance": makes, "labels": makes,
+             "solver": {"rollout"}, "rollout_steps": {"rollout"}, "search": {"rollout"},
+             "scorer": {"search"}, "eval": makes}
     present = {*tasks, "search"} if args.search else set(tasks)
     rules = [*((name, vars(args)[name] is None or vars(args)[name] >= 1, "must be at least 1")
                for name in ("sample", "rollout", "rollout_steps", "search")),

@@ -1525,7 +1525,7 @@ def test_rollout_command_is_the_rollout(work):
 
 
 def test_label_score_by_hand():
-    """Two labels, Gaussians about +1 and -1: the velocities are explicit, and the right label scores higher."""
+    """Two labels, Gaussians about +1 and -1: explicit velocities, and the right label scores higher."""
     means = torch.tensor([1.0, -1.0, 0.0])  # of label 0, label 1, and without one
 
     def velocity(x, t, y):
@@ -1546,33 +1546,39 @@ def test_label_score_by_hand():
 def test_best_of_takes_the_noise_whose_sample_scores_highest():
     def pick(tries, indices):
         z = fmd.noise(3, indices, (2,))
-        best = fmd.best_of(tries, lambda z, y: 2 * z, lambda x, y: -(x - y[:, None]).square().sum(1), 3)
+        best = fmd.best_of(tries, lambda z, y: 1 - 2 * z, lambda x, y: -(x - y[:, None]).square().sum(1), 3)
         return best(z, torch.tensor([i % 3 for i in indices]), indices)
 
     best = pick(6, range(5))
     for i in range(5):
         tried = [fmd.noise(3, [i], (2,))[0], *fmd.noise(3, [f"{i}/{j}" for j in range(1, 6)], (2,))]
-        want = min(tried, key=lambda z: (2 * z - i % 3).square().sum())
+        want = min(tried, key=lambda z: (1 - 2 * z - i % 3).square().sum())
         assert torch.equal(best[i], want)
     assert torch.equal(pick(6, [3]), best[3:4]), "depends on its neighbours"
     assert torch.equal(pick(1, range(5)), fmd.noise(3, range(5), (2,)))
 
 
 def test_search_command(work, capsys):
-    assert run(*SMALL, "--steps", 1, "--out", "o") == 0
+    student = tiny(shape=(1, 8, 8), classes=10, dt=True, gw=True)
+    torch.save({"ema": student.state_dict(), "config": student.config, "convention": "sit"}, "student.pt")
     common = ["--teacher", "teacher.pt", "--device", "cpu", "--rollout", 3, "--rollout-steps", 2]
     Path("bright.py").write_text("def score(x, y):\n    return x.flatten(1).mean(1)\n")
     assert run(*common, "--out", "plain") == 0
-    assert run(*common, "--out", "one", "--search", 1, "--ckpt", "o/student.pt") == 0
-    assert run(*common, "--out", "five", "--search", 5, "--ckpt", "o/student.pt", "--scorer", "bright.py") == 0
-    out = capsys.readouterr().out
-    assert f"{8 + 1 * 5} NFE" in out and f"{8 + 5 * 1} NFE" in out
+    capsys.readouterr()
+    assert run(*common, "--out", "one", "--search", 1, "--ckpt", "student.pt") == 0
+    assert f" {8 + 1 * 5} NFE" in capsys.readouterr().out
+    assert (
+        run(*common, "--out", "five", "--search", 6, "--ckpt", "student.pt", "--scorer", "bright.py") == 0
+    )
+    assert f" {8 + 6 * 1} NFE" in capsys.readouterr().out
     plain, one, five = (np.load(f"{name}/rollout.npz")["arr_0"] for name in ("plain", "one", "five"))
     assert np.array_equal(plain, one) and not np.array_equal(plain, five)
-    student, teacher = sit.load("o/student.pt")[0], sit.load("teacher.pt")[0]
+    teacher = sit.load("teacher.pt")[0]
     for i in range(3):
-        tried = torch.cat([fmd.noise(0, [i], (1, 8, 8)), fmd.noise(0, [f"{i}/{j}" for j in range(1, 5)], (1, 8, 8))])
-        x = fmd.one_step(student, "sit", 1.5)(tried, torch.full((5,), i))
+        tried = torch.cat(
+            [fmd.noise(0, [i], (1, 8, 8)), fmd.noise(0, [f"{i}/{j}" for j in range(1, 6)], (1, 8, 8))]
+        )
+        x = fmd.one_step(student, "sit", 1.5)(tried, torch.full((6,), i))
         z = tried[x.flatten(1).mean(1).argmax()][None]
         want = fmd.to_uint8(fmd.many_steps(teacher, "sit", 1.5, 2, "heun")(z, torch.tensor([i])))[0]
         assert np.abs(want.astype(int) - five[i]).max() <= 1
@@ -1687,7 +1693,10 @@ BAD = [
     (["--rollout", 1, "--labels", "1-2-3"], "--labels 1-2-3"),
     (["--rollout", 1, "--inception", "f.pth"], "--inception f.pth: goes with --eval"),
     (["--rollout", 1, "--eval", "gone.npz"], "gone.npz: no such folder or .npz"),
-    (["--rollout", 1, "--eval", "ref.npz", "--inception", "text.pt"], "--inception text.pt: not the weights"),
+    (
+        ["--rollout", 1, "--eval", "ref.npz", "--inception", "text.pt"],
+        "--inception text.pt: not the weights",
+    ),
     (
         ["--res", 256, "--teacher", "random", "--model", "SiT-T/8", "--vae", "none.bin"],
         "--vae none.bin: no such",
@@ -1714,7 +1723,7 @@ def test_bad_input_gets_one_line_and_exit_code_2(work, capsys, args, message):
     torch.save({"ema": latent.state_dict(), "config": latent.config}, "latent.pt")
     student = tiny(shape=(1, 8, 8), classes=10, dt=True, gw=True)
     torch.save({"ema": student.state_dict(), "config": student.config}, "student28.pt")
-    other = tiny(shape=(1, 16, 16), dt=True, gw=True)
+    other = tiny(shape=(1, 16, 16), classes=10, dt=True, gw=True)
     torch.save({"ema": other.state_dict(), "config": other.config}, "other.pt")
     np.savez("ref.npz", arr_0=np.zeros((2, 8, 8, 1), np.uint8))
     Path("cut.pt").write_bytes(Path("teacher.pt").read_bytes()[:3000])
@@ -2238,6 +2247,20 @@ def benchmark(model=None, device="cpu", batch=64, repeats=15):
     for name, seconds in times.items():
         ratio = np.median(np.array(seconds) / np.array(times["forward"]))
         print(f"{name:32}{1e3 * np.median(seconds):9.1f} ms{ratio:8.2f} forwards")
+    nets = [teacher, parts["student"], parts["online"], parts["ema"]]
+    held = sum(p.numel() for net in nets for p in net.parameters())
+    held += 3 * sum(
+        p.numel() for k in ("student", "online") for p in parts[k].parameters() if p.requires_grad
+    )
+    peak = (
+        torch.cuda.max_memory_allocated(device)
+        if device.type == "cuda"
+        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    )
+    print(
+        f"a step takes {fmd.flops(teacher.config, s, 1) / 1e9:.3g} GFLOP a sample; weights, gradients and "
+        f"moments {4 * held / 1e9:.3g} GB; peak of the whole process {peak / 1e9:.3g} GB"
+    )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import contextlib
 import io
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +30,7 @@ import fmd                                                                      
 import sit                                                                          # noqa: E402
 
 CPU, SHAPE, LABELS = torch.device("cpu"), (1, 28, 28), range(10)
-BASE = "--res 28 --device cpu --k 1"                    # the paper's settings: 75/25, α = 1, r's 0.8, cut 0.7
+BASE = "--res 28 --device cpu --k 1"                      # the paper's: 75/25, α = 1, r about 0.8, cut 0.7
 OBJECTIVES = [("prediction alone", "12.40", "--correction 0"),
               ("correction alone", "loses modes", "--correction 1"),
               ("both", "5.58", "")]
@@ -56,8 +55,8 @@ SETTINGS = [("prediction alone, k = 0", "11.91", "--correction 0 --k 0"),
 
 @torch.no_grad()
 def features(x, r=0.3):
-    """Images (N, 1, 28, 28) -> (N, 128): what the teacher's last block but one says, averaged over the tokens,
-    when it sees the image noised to r and no label. A linear reader finds 86 % of the labels in it."""
+    """Images (N, 1, 28, 28) -> (N, 128): what the teacher's last block but one says, averaged over tokens,
+    when it sees the image noised to r and no label."""
     rows, hook = [], TEACHER.blocks[-2].register_forward_hook(lambda net, args, out: rows.append(out.mean(1)))
     n = torch.randn(x.shape, generator=fmd.generator("features"))
     for part in fmd.interpolate(x, n, torch.full((len(x),), r)).split(250):
@@ -115,19 +114,16 @@ def chart(path, lines, x_name, y_name, x_log=False, y_log=False, size=(760, 460)
     left, top, right, bottom = 80, 24, size[0] - 24, size[1] - 60
 
     def scale(values, log, low, high):
-        values = [v for v in values if v is not None]
-        f = np.log10 if log else float
-        a, b = f(min(values)), f(max(values))
-        a, b = (a - 0.05 * (b - a), b + 0.08 * (b - a)) if log else (min(0.0, a), b + 0.08 * (b - min(0.0, a)))
-        if log:
-            marks = [m * 10.0 ** e for e in range(-6, 7) for m in (1, 2, 5) if a <= f(m * 10.0 ** e) <= b]
-        else:
-            step = next(m * 10.0 ** e for e in range(-6, 7) for m in (1, 2, 5) if (b - a) / (m * 10.0 ** e) <= 6)
-            marks = [i * step for i in range(int(np.ceil(a / step)), int(b / step) + 1)]
+        f, rounds = np.log10 if log else float, [m * 10.0 ** e for e in range(-6, 7) for m in (1, 2, 5)]
+        a, b = f(min(values)) if log else 0.0, f(max(values))                     # a linear axis starts at 0
+        a, b = a - (0.05 * (b - a) if log else 0), b + 0.08 * (b - a)
+        step = next(m for m in rounds if (b - a) / m <= 6)
+        marks = [m for m in rounds if a <= f(m) <= b] if log else [i * step for i in range(int(b / step) + 1)]
         return (lambda v: low + (f(v) - a) / (b - a) * (high - low)), marks
 
     X, x_marks = scale([v for line in lines.values() for v in line[0]], x_log, left, right)
-    Y, y_marks = scale([v for line in lines.values() for part in line[1:4] if part for v in part], y_log, bottom, top)
+    heights = [v for line in lines.values() for part in line[1:4] if part for v in part]
+    Y, y_marks = scale(heights, y_log, bottom, top)
     for v in x_marks:
         pen.line([X(v), top, X(v), bottom], fill="#e6e6e6")
         pen.text((X(v), bottom + 6), f"{v:g}", fill="black", font=small, anchor="ma")
@@ -139,7 +135,7 @@ def chart(path, lines, x_name, y_name, x_log=False, y_log=False, size=(760, 460)
     pen.text((left + 4, 4), y_name, fill="black", font=font)
     for (name, (xs, ys, lows, highs, labels)), colour in zip(lines.items(), COLOURS):
         if lows:
-            band = [(X(a), Y(b)) for a, b in zip(xs, lows)] + [(X(a), Y(b)) for a, b in zip(xs[::-1], highs[::-1])]
+            band = [(X(a), Y(b)) for a, b in zip(xs + xs[::-1], lows + highs[::-1])]
             shade = Image.new("RGBA", size)
             ImageDraw.Draw(shade).polygon(band, fill=colour + "40")
             image.paste(shade, mask=shade)
@@ -179,14 +175,16 @@ def table(args, rows, steps):
     _, y, phi, _ = draw(heun(16), args.samples, "paired")
     h_true = features(x_true)
     print(f"{steps} steps, batch {args.batch}, {args.seeds} seeds, {args.samples} samples\n\n"
-          "| settings | distance, % | spread | recall | endpoint error | the paper's FID |\n|---|---|---|---|---|---|")
+          "| settings | distance, % | spread | recall | endpoint error | the paper's FID |\n"
+          "|---|---|---|---|---|---|")
     for name, paper, flags in [("the teacher, other noises", "", None), *rows]:
         found = []
         for net in [None] if flags is None else students(args, steps, flags):
             x = draw(fmd.one_step(net, "sit", 1.5), args.samples, "paired")[2] if net else phi
             error = ((x - phi).flatten(1).norm(dim=1) / phi.flatten(1).norm(dim=1)).mean().item()
             found.append((*quality(x, y, h_true, y_true), error))
-        cells = [" ± ".join(f"{f(column):.{digits}f}" for f in (statistics.mean, statistics.stdev)[:len(column)])
+        both = (statistics.mean, statistics.stdev)[:len(found)]
+        cells = [" ± ".join(f"{f(column):.{digits}f}" for f in both)
                  for column, digits in zip(zip(*found), (1, 2, 2, 3))]
         print(f"| {name}{f' (`{flags}`)' if flags else ''} | {' | '.join(cells)} | {paper} |", flush=True)
 
@@ -213,7 +211,8 @@ def error(args):
             maps = torch.stack([fmd.flow_map(F, z, torch.full_like(gamma, d)) for d in deltas])
             curves.append(((maps - path).flatten(2).norm(dim=2) / path.flatten(2).norm(dim=2)).mean(1))
         curves = torch.stack(curves)                                              # (seeds, 16)
-        lines[name] = (deltas, curves.mean(0).tolist(), curves.amin(0).tolist(), curves.amax(0).tolist(), None)
+        mean, low, high = (a.tolist() for a in (curves.mean(0), curves.amin(0), curves.amax(0)))
+        lines[name] = (deltas, mean, low, high, None)
         print(name, " ".join(f"{v:.3f}" for v in lines[name][1]))
     chart(args.pictures / "error.png", lines, "duration (1: the sample)",
           f"relative error of the student's map against 64 Heun steps; band: {args.seeds} seeds")
@@ -223,35 +222,37 @@ def speed(args):
     _, y_true, x_true, _ = draw(heun(32), args.samples, "truth")
     h_true, student, lines = features(x_true), sit.load(HERE / "student-mnist.pt")[0], {}
     print("| | steps | NFE | images/s | distance, % |\n|---|---|---|---|---|")
-    for name, counts in (("student", (1,)), ("teacher, Heun", (2, 4, 8, 16, 32)), ("teacher, Euler", (2, 4, 8, 16, 32))):
+    for name in ("student", "teacher, Heun", "teacher, Euler"):
         rates, distances, nfes = [], [], []
-        for steps in counts:
+        for steps in (1,) if name == "student" else (2, 4, 8, 16, 32):
             solver = name.split()[-1].lower()
             make = fmd.one_step(student, "sit", 1.5) if steps == 1 else heun(steps, solver=solver)
             nfe = 1 if steps == 1 else fmd.evaluations(steps, solver, 1.5)
-            draw(make, 64, "warm")
+            draw(make, min(64, args.samples), "warm")
             _, _, x, ms = draw(make, args.samples, "speed")
-            for found, value in ((rates, 1e3 / ms), (distances, distance(features(x), h_true)), (nfes, str(nfe))):
-                found.append(value)
+            rates.append(1e3 / ms)
+            distances.append(distance(features(x), h_true))
+            nfes.append(str(nfe))
             print(f"| {name} | {steps} | {nfe} | {rates[-1]:.1f} | {distances[-1]:.2f} |", flush=True)
         lines[name] = (rates, distances, None, None, nfes)
-    chart(args.pictures / "speed.png", lines, "images/s, log", "distance to the teacher's samples, %, log; at the "
-          "points: network evaluations an image", True, True)
+    chart(args.pictures / "speed.png", lines, "images/s, log", "distance to the teacher's samples, %, log; "
+          "at the points: network evaluations an image", True, True)
 
 
 def guidance(args):
     student = sit.load(HERE / "student-mnist.pt")[0]
-    score = fmd.label_score(fmd.velocity_of(TEACHER, "sit"), 10)
+    score, base = fmd.label_score(fmd.velocity_of(TEACHER, "sit"), 10), None
     print("| γ | the teacher's spread | its label score | student's spread | its label score | distance to "
           "the teacher at that γ, % |\n|---|---|---|---|---|---|")
     for gamma in (1.0, 1.25, 1.5, 1.75, 2.0):
         _, y, x_true, _ = draw(heun(16, gamma), args.samples, "truth")
         x = draw(fmd.one_step(student, "sit", gamma), args.samples, "student")[2]
         h_true, h = features(x_true), features(x)
-        base = spread(h_true, y) if gamma == 1 else base
+        base = base or spread(h_true, y)                                                    # at γ = 1
         d = distance(h, h_true)
-        print(f"| {gamma} | {spread(h_true, y) / base:.2f} | {score(x_true, y).mean():.4f} | {spread(h, y) / base:.2f} | "
-              f"{score(x, y).mean():.4f} | {d:.2f} |", flush=True)
+        cells = [f"{spread(a, y) / base:.2f} | {score(b, y).mean():.4f}"
+                 for a, b in ((h_true, x_true), (h, x))]
+        print(f"| {gamma} | {' | '.join(cells)} | {d:.2f} |", flush=True)
 
 
 def ranks(a):
@@ -268,7 +269,7 @@ def search(args):
         return torch.stack([torch.cat([score(make(a, b), b) for a, b in zip(z.split(64), y.split(64))])
                             for z in zs], 1)
 
-    quick, slow, finer = scores(fmd.one_step(student, "sit", 1.0)), scores(heun(16, 1.0)), scores(heun(32, 1.0))
+    quick, slow, finer = map(scores, (fmd.one_step(student, "sit", 1.0), heun(16, 1.0), heun(32, 1.0)))
     rho = np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(ranks(quick), ranks(slow))])
     print(f"{args.images} images of {N} noises, γ = 1; a score takes 4 evaluations of the teacher\n"
           f"rank correlation of one step with 16 Heun steps, mean over the images: {rho:.3f}\n\n"
@@ -291,12 +292,13 @@ def figure(args):
         return (near * (centres + ((1 - t) * 0.09 - t) / var * away)).sum(1)
 
     torch.manual_seed(0)
-    nets = [torch.nn.Sequential(torch.nn.Linear(3, 128), torch.nn.SiLU(), torch.nn.Linear(128, 128), torch.nn.SiLU(),
-                                torch.nn.Linear(128, 2)) for _ in range(2)]
+    nets = [torch.nn.Sequential(torch.nn.Linear(3, 128), torch.nn.SiLU(), torch.nn.Linear(128, 128),
+                                torch.nn.SiLU(), torch.nn.Linear(128, 2)) for _ in range(2)]
     F, g = (lambda x, t, net=net: net(torch.cat([x, t[:, None]], 1)) for net in nets)
     opt = torch.optim.Adam([p for net in nets for p in net.parameters()], 2e-3)
     for _ in range(300):
-        average, G, N, online = fmd.both(F, u, g, torch.randn(256, 2), torch.rand(192), torch.randn(64, 2), torch.rand(64))
+        z, delta, n, r = torch.randn(256, 2), torch.rand(192), torch.randn(64, 2), torch.rand(64)
+        average, G, N, online = fmd.both(F, u, g, z, delta, n, r)
         opt.zero_grad()
         (fmd.student_loss(average, G, N, k=0.5)[0] + online).backward()
         opt.step()
@@ -317,8 +319,8 @@ def figure(args):
         along = (tip - start) / (tip - start).norm()
         across = torch.stack([-along[1], along[0]])
         pen.line([*start.tolist(), *(tip - 9 * along).tolist()], fill=colour, width=3)
-        pen.polygon([tuple((tip + v).tolist()) for v in (0 * along, -12 * along + 5 * across, -12 * along - 5 * across)],
-                    fill=colour)
+        corners = tip, tip - 12 * along + 5 * across, tip - 12 * along - 5 * across
+        pen.polygon([tuple(corner.tolist()) for corner in corners], fill=colour)
         pen.text((tip[0].item() + shift[0], tip[1].item() + shift[1]), name, fill=colour, font=small)
 
     def three(p, v_student, v_teacher, names, shifts):
@@ -326,11 +328,11 @@ def figure(args):
         arrow(p, p + scale * v_teacher, blue, names[1], shifts[1])
         arrow(p + scale * v_teacher, p + scale * v_student, black)
 
-    one, z, n, r = torch.ones(1), torch.tensor([[0.6, 2.2]]), torch.tensor([[1.6, 1.9]]), torch.tensor([0.4])
+    z, n, r = torch.tensor([[0.6, 2.2]]), torch.tensor([[1.6, 1.9]]), torch.tensor([0.4])
     deltas, delta = torch.linspace(0, 1, 65), torch.tensor([0.55])
     with torch.no_grad():
-        true, samples = fmd.rollout(u, torch.randn(400, 2), 64), fmd.flow_map(F, torch.randn(400, 2), torch.ones(400))
-        panels = []
+        true, panels = fmd.rollout(u, torch.randn(400, 2), 64), []
+        samples = fmd.flow_map(F, torch.randn(400, 2), torch.ones(400))
         for zoom, middle, title in (
                 (190, (-0.35, 1.75), "prediction: v_G - u (black), where the student is after duration d"),
                 (150, (1.6, 0.75), "correction: v_N - u (black), at a noised sample of the student's")):
@@ -342,7 +344,8 @@ def figure(args):
             pen.rectangle([0, 0, W - 1, H - 1], outline="#c8c8c8")
             pen.text((12, 8), title, fill="black", font=font)
             if len(panels) == 1:
-                path, student = fmd.rollout(u, z, 64, path=True)[:, 0], fmd.flow_map(F, z.expand(65, 2), deltas)
+                path = fmd.rollout(u, z, 64, path=True)[:, 0]
+                student = fmd.flow_map(F, z.expand(65, 2), deltas)
                 for curve, colour in ((path, blue), (student, red)):
                     pen.line([place(p) for p in curve], fill=colour, width=2, joint="curve")
                 average, residual = fmd.prediction(F, u, z, delta)
@@ -369,19 +372,21 @@ def figure(args):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["objectives", "settings", "error", "speed", "guidance", "search", "figure"])
+    findings = {f.__name__: f for f in (objectives, settings, error, speed, guidance, search, figure)}
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=findings)
     parser.add_argument("--steps", type=int, help="of each student (900, settings: 300)")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--images", type=int, default=100, help="of search")
     parser.add_argument("--tries", type=int, default=8, help="noises an image, of search")
-    parser.add_argument("--out", type=Path, default=Path("out/findings"), help="the students; kept, and taken if there")
+    parser.add_argument("--out", type=Path, default=Path("out/findings"), help="of students; kept")
     parser.add_argument("--pictures", type=Path, default=HERE)
     args = parser.parse_args(argv)
     fmd.keep_freed_memory()
-    {f.__name__: f for f in (objectives, settings, error, speed, guidance, search, figure)}[args.what](args)
+    findings[args.what](args)
 
 
 TEACHER = sit.load(HERE / "teacher-mnist.pt")[0].eval()
