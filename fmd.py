@@ -19,9 +19,9 @@ Time: t = 1 IS NOISE, t = 0 IS DATA. Velocities point in the generating directio
   u(x, t)    u                  teacher's velocity dx/d(1-t); E[x0 - n | x_t] on the linear path  like x
   F(z, δ)    F                  student: average velocity over the first δ of the path            like z
   f(z, δ)    flow_map(F, z, δ)  z + δ F(z, δ): where the path is after δ; f(z, 1) is the sample   like z
-  v_G        v_G                ∂f/∂δ = F + δ ∂F/∂δ: the student generates at this velocity  like z
+  v_G        v_G                F + δ ∂F/∂δ: the student generates at this velocity               like z
   I_r(x, n)  interpolate        (1 - r) x + r n: a sample x noised to time r with fresh noise n   like x
-  v_N(x, r)  v_N, g             velocity of the flow that noises the student's own samples        like x
+  v_N(x, r)  v_N, g             velocity, towards data, of the student's noised samples           like x
   Δ          residual           student's velocity minus the teacher's: v_G - u or v_N - u        like x
   sg         .detach()          stop-gradient: Δ is a target; the loss moves F, not what F is compared with
 
@@ -96,7 +96,7 @@ class Settings:
     k: float = setting(1.0, "exponent of the weight 1/(|Δ|²/d + ε)^k of a sample [paper: 1]")
     alpha: float = setting(1.0, "strength α of correction against prediction [paper: 1; 0.3 to 3 work]")
     gamma: tuple = setting((1.0, 2.0), "guidance γ ~ U(LOW, HIGH) the student is trained for [ours]")
-    interval: tuple = setting((0.0, 1.0), "times t between which the teacher is guided, but in correction")
+    interval: tuple = setting((0.0, 1.0), "times t between which the teacher is guided (in correction: cut)")
     cut: float = setting(0.7, "in correction the teacher is guided for r up to this [paper]")
     r_location: float = setting(0.8, "correction's r ~ LogitNormal: location [paper]")
     r_scale: float = setting(1.0, "and scale [ours]")
@@ -306,8 +306,8 @@ def weighted(residual, k=1.0, eps=1e-3):
 
 
 def student_loss(average, residual_G, residual_N, k=1.0, alpha=1.0, mean=torch.mean, eps=1e-6):
-    """A loss with the gradient of <F, sg(w Δ_G)> over prediction's rows and <F, sg(λ w Δ_N)> over
-    correction's, which come second; and λ.
+    """The mean of F · sg(w Δ_G) over prediction's rows and F · sg(λ w Δ_N) over correction's, which come
+    second; and λ.
 
     λ = α E|w Δ_G| / (E|w Δ_N| + ε) makes the mean norms equal at α = 1 [paper; after w: ours].
     `mean` must average over all processes, else λ depends on their number. One objective alone: λ = α."""
@@ -316,7 +316,7 @@ def student_loss(average, residual_G, residual_N, k=1.0, alpha=1.0, mean=torch.m
     if len(G) and len(N):
         lam = alpha * mean(G.flatten(1).norm(dim=1)) / (mean(N.flatten(1).norm(dim=1)) + eps)
     direction = torch.cat([G, lam * N]).detach()                                      # sg, (B, ...)
-    return (average * direction).mean(), lam                 # <F, direction>: its gradient in F is direction
+    return (average * direction).mean(), lam         # its gradient in F: direction / (number of elements)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -359,8 +359,8 @@ def online_of(velocity, y, gamma):
 def objectives(v, null, s, pred, corr):
     """The objectives on draws of the prior for each -> F (B, ...), Δ_G, Δ_N and g's loss (0 without it).
 
-    v: velocities of "teacher", "student" and "online"; of the student without gradient, "forward"; and for
-    the derivative, "bare": the same weights, in float32 where it is a difference."""
+    v: velocities of "teacher", "student" and "online", and for the derivative of "bare": the student's own
+    weights, in float32 where the derivative is a difference."""
     P, C = len(pred["y"]), len(corr["y"])
     z, y, gamma = (torch.cat([pred[name], corr[name]]) for name in ("z", "y", "gamma"))
     # F and g see γ itself; the teacher's ends with its interval in prediction, with the cut in correction
@@ -412,8 +412,9 @@ def learning_rate(step, s):
 def training_step(v, null, parts, s, step, draws, halted, mean=torch.mean, losses=batch_losses):
     """Losses, gradients, optimisers, EMA: one step on parts (see build) -> what to log, tensors.
 
-    halted, a float tensor of no dimensions on the device, becomes 1 when a term is not finite; from then on
-    no optimiser moves a weight, and nobody has waited for the device to know it."""
+    draws: those for prediction and for correction. halted, a float tensor of no dimensions on the device,
+    becomes 1 when a term is not finite; from then on no optimiser moves a weight, and nobody has waited for
+    the device to know it. losses: batch_losses, or with --micro-batch losses_in_pieces."""
     terms = losses(v, null, s, *draws, mean)
     for name in ("student", "online") if "online" in terms else ("student",):
         terms[f"{name}_grad_norm"] = torch.nn.utils.clip_grad_norm_(parts[name].parameters(), s.clip)
@@ -489,14 +490,17 @@ def load_net(path, flag, s, device, student=False):
     except ValueError as e:
         raise ValueError(f"{flag} {e}") from None
     info["convention"] = info["convention"] if s.convention == "auto" else s.convention
-    if info["convention"] not in CONVENTIONS:
+    if info["convention"] not in list(CONVENTIONS):
         raise ValueError(f"{flag} {path}: convention {info['convention']!r} is none of {sorted(CONVENTIONS)}")
     shape, latents = tuple(net.config["shape"]), (4, s.res // 8, s.res // 8)
     if (shape[0] == 4) if s.res == 28 else (shape != latents):
         raise ValueError(f"{flag} {path}: works on {shape}, which is not --res {s.res}: give its own --res")
-    if (net.config["dt"] and net.config["gw"]) != student:
+    if (net.config["dt"], net.config["gw"]) != (student, student):
         held = "teacher (no δ and γ embedders)" if student else "student (δ and γ embedders)"
         raise ValueError(f"{flag} {path}: holds a {held}, give a {'student' if student else 'teacher'}")
+    known = info.setdefault("gamma", [0.0, math.inf])                # what guidance a student was trained for
+    if not (isinstance(known, list) and len(known) == 2 and all(isinstance(a, float) for a in known)):
+        raise ValueError(f"{flag} {path}: gamma {known!r} is not a LOW HIGH")
     return net.to(device).eval().requires_grad_(False), info
 
 
@@ -543,10 +547,10 @@ def build(teacher, s):
         torch.manual_seed(s.seed)                                   # the embedders' inner layers start random
         parts = {"student": relative(teacher, dt=True, gw=True), "online": relative(teacher, gw=True)}
     parts["ema"] = copy.deepcopy(parts["student"]).requires_grad_(False)
-    for name, lr in (("student", s.lr), ("online", s.online_lr)):
+    for name in ("student", "online"):                              # training_step sets their rates
         parts[name].checkpointing = s.checkpointing
         trained = [p for p in parts[name].parameters() if p.requires_grad]
-        parts[f"{name}_opt"] = torch.optim.AdamW(trained, lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+        parts[f"{name}_opt"] = torch.optim.AdamW(trained, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     return parts
 
 
@@ -554,7 +558,7 @@ def velocities(teacher, parts, convention, s, world=1):
     """-> v of objectives and training_step, and hold: the networks compiled, wrapped for DDP where asked."""
     compiled = torch.compile if s.compile else lambda net: net
     nets = {"teacher": compiled(teacher), "student": compiled(parts["student"]),
-            "online": compiled(parts["online"]), "forward": parts["student"], "bare": parts["student"]}
+            "online": compiled(parts["online"]), "bare": parts["student"]}
     if world > 1:                                # gradients averaged over processes, once a step and network
         for name in ("student", "online"):
             nets[name] = torch.nn.parallel.DistributedDataParallel(nets[name], gradient_as_bucket_view=True)
@@ -571,25 +575,26 @@ def losses_in_pieces(v, null, s, pred, corr, mean, hold):
     gradient in F is known, average.grad, and goes back through the student piece by piece (gradient caching,
     arXiv 2101.06983). hold(name): a context in which DDP does not yet average that network's gradients."""
     count = (len(pred["y"]) + len(corr["y"])) // s.micro_batch
-    pieces = [[{name: a.chunk(count)[i] if len(a) else a for name, a in part.items()}
-               for part in (pred, corr)] for i in range(count)]
-    graphless, targets = {**v, "student": torch.no_grad()(v["forward"])}, []
-    for i, (pred, corr) in enumerate(pieces):
+    pieces = [[{name: a.chunk(count)[i] for name, a in part.items()} for part in (pred, corr)]
+              for i in range(count)]
+    graphless, targets = {**v, "student": torch.no_grad()(v["student"])}, []
+    for i, piece in enumerate(pieces):
         with hold("online") if i + 1 < count else nullcontext():
-            average, G, N, online_loss = objectives(graphless, null, s, pred, corr)
+            average, G, N, online_loss = objectives(graphless, null, s, *piece)
             if len(N):
                 (online_loss / count).backward()
-        targets.append((average[:len(G)], average[len(G):], G, N, online_loss.detach()[None]))
-    average_G, average_N, G, N, online_loss = map(torch.cat, zip(*targets))
-    average = torch.cat([average_G, average_N]).requires_grad_()                      # (B, ...)
+        targets.append((average.requires_grad_(), G, N, online_loss.detach()[None]))
+    averages, *rest = zip(*targets)
+    G, N, online_loss = map(torch.cat, rest)
+    P = len(G) // count                                              # of a piece's rows, those of prediction
+    average = torch.cat([a[:P] for a in averages] + [a[P:] for a in averages])        # (B, ...)
     loss, lam = student_loss(average, G, N, s.k, s.alpha, mean)
     loss.backward()
-    for i, (pred, corr) in enumerate(pieces):
+    for i, ((pred, corr), average) in enumerate(zip(pieces, averages)):
         z, y, gamma = (torch.cat([pred[name], corr[name]]) for name in ("z", "y", "gamma"))
         delta = torch.cat([pred["delta"], torch.ones_like(corr["gamma"])])
-        gradient = torch.cat([a.chunk(count)[i] for a in average.grad.split([len(G), len(N)]) if len(a)])
         with hold("student") if i + 1 < count else nullcontext():
-            student_of(v["student"], y, gamma)(z, delta).backward(gradient)
+            student_of(v["student"], y, gamma)(z, delta).backward(average.grad)
     return to_log(G, N, online_loss, lam, mean)
 
 
@@ -605,9 +610,9 @@ def make_folder(folder, rank=0, flag="--out"):
         raise ValueError(f"{flag} {folder}: cannot write there ({e.strerror}); name another folder") from None
 
 
-def clear_stale(folder):
-    """Remove the temporary files of a run that was killed as it wrote."""
-    for name in (".probe", "ckpt.new.pt", "metrics.jsonl", "student.pt", "samples.png", "path.png"):
+def clear_stale(folder, *names):
+    """Remove the temporary files of a run that was killed as it wrote one of the names."""
+    for name in (".probe", *names):
         for stale in folder.glob(f".{name}.*.tmp"):
             stale.unlink()
     (folder / ".probe").unlink(missing_ok=True)
@@ -703,7 +708,7 @@ def flops(config, s, rows):
 
     A forward of T tokens, width D: per block 24 T D² (qkv 6, proj 2, MLP 16) + 4 T² D (attention) + 12 D²
     (adaLN). The step takes, in forwards: student 3 (backward counts twice), teacher 2 (guidance), on
-    prediction's share the derivative's 2 (a difference beside float32: 1), on correction's share g's 3. What
+    prediction's share the derivative's 2 (1 for a difference in float32), on correction's share g's 3. What
     is computed again, by checkpointing or for micro-batches, does not count."""
     D, T = config["width"], config["shape"][1] * config["shape"][2] // config["patch"] ** 2
     forward = config["depth"] * (24 * T * D ** 2 + 4 * T ** 2 * D + 12 * D ** 2)
@@ -741,7 +746,7 @@ def train(s):
     say(f"teacher {s.teacher} (convention {convention}), student of {size:.2f} M parameters, "
         f"{world} process(es) on {device.type}, steps {first} to {s.steps}")
     if rank == 0:
-        clear_stale(s.folder)
+        clear_stale(s.folder, "ckpt.new.pt", "metrics.jsonl", "student.pt", "samples.png", "path.png")
         trim(log, first)
         truth = reference(teacher, convention, s, device)
     peak = next((f for name, f in PEAK.items() if device.type == "cuda"
@@ -876,8 +881,8 @@ def evaluations(steps, solver, gamma):
 
 
 def label_score(velocity, null, times=(0.4, 0.7)):
-    """-> score(x, y), higher is better: how much better the teacher foresees x's noising when told the label
-    than when not (its own classifier, arXiv 2303.16203). Costs 2 evaluations for each of the times."""
+    """-> score(x, y), higher is better: how much better the teacher predicts x's noising velocity x - n when
+    told the label than when not (its own classifier, arXiv 2303.16203). Costs 2 evaluations for each time."""
     def score(x, y):
         gain = 0
         for t in times:                                              # the same noise for all: scores compare
@@ -892,11 +897,15 @@ def label_score(velocity, null, times=(0.4, 0.7)):
 
 def best_of(tries, make, score, seed):
     """-> pick(z, y, indices) for generate: of z and tries - 1 more noises for each index, the one whose
-    one-step sample make(z, y) has the highest score(x, y) [paper, Fig. 8]."""
+    one-step sample make(z, y) has the highest score(x, y), (B,) [paper, Fig. 8]. ValueError for scores of
+    another shape or not finite."""
+    @torch.no_grad()
     def pick(z, y, indices):
         more = [noise(seed, [f"{i}/{j}" for i in indices], z.shape[1:]).to(z) for j in range(1, tries)]
         zs = torch.stack([z, *more])                                                  # (tries, B, ...)
         scores = torch.stack([score(make(z, y), y) for z in zs])                      # (tries, B)
+        if scores.shape != zs.shape[:2] or not scores.isfinite().all():
+            raise ValueError(f"--scorer: gave {tuple(scores.shape[1:])}, want ({len(z)},), all finite")
         return zs[scores.argmax(0), torch.arange(len(z), device=z.device)]
     return pick
 
@@ -995,7 +1004,8 @@ def report(teacher, ema, convention, s, truth, decoder):
     print(f"{name:24}{nfe:5}{truth['ms']:10.2f}{0:16.4f}{0:18.2f}")
     print(f"{'student':24}{1:5}{ms:10.2f}{metrics['endpoint_error']:16.4f}{metrics['frechet']:18.2f}")
     print(f"\nIn {s.folder}: student.pt  ckpt.pt  metrics.jsonl  samples.png  path.png")
-    print(f"Next: python fmd.py --res {s.res} --sample 100 --guidance 1.5 --ckpt {s.folder / 'student.pt'}")
+    print(f"Next: python fmd.py --res {s.res} --sample 100 --guidance {truth['gamma']:g} "
+          f"--ckpt {s.folder / 'student.pt'}")
 
 
 def student_path(s, args):
@@ -1017,15 +1027,15 @@ def sample(s, args):
     convention, shape, pick = info["convention"], net.config["shape"], None
     labels = parse_labels(args.labels, net.config["classes"])
     if args.eval:                                            # what it needs is missed now, not after hours
-        fid.open_side(args.eval)
         try:
+            fid.open_side(args.eval)
             fid.load_inception(args.inception)
         except ValueError as e:
             raise ValueError(str(e).replace("--weights", "--inception")) from None
+    low, high = (guide[1] if guide else info)["gamma"]
+    if rank == 0 and not low <= args.guidance <= high:
+        print(f"note: --guidance {args.guidance} is outside the range {low} to {high} the student knows")
     if args.sample:
-        low, high = info.get("gamma", (args.guidance, args.guidance))
-        if rank == 0 and not low <= args.guidance <= high:
-            print(f"note: --guidance {args.guidance} is outside the range {low} to {high} this student knows")
         make, nfe = one_step(net, convention, args.guidance), 1
     else:
         make = many_steps(net, convention, args.guidance, args.rollout_steps, args.solver, s.interval, s.bf16)
@@ -1038,6 +1048,7 @@ def sample(s, args):
     npz, raw = s.folder / f"{name}.npz", s.folder / f".{name}.npy.tmp"
     try:
         if rank == 0:
+            clear_stale(s.folder, npz.name, f"{name}-grid.png")
             np.lib.format.open_memmap(raw, "w+", np.uint8, (count, side, side, channels))
         anywhere(False)                                                      # the others wait for the file
         clock, x = time.perf_counter(), np.lib.format.open_memmap(raw, "r+")
@@ -1078,15 +1089,13 @@ def searcher(s, args, teacher, convention, student, info, decoder):
         reason = (str(e).splitlines() or [""])[0]
         fault = f"no score(x, y) to be had ({type(e).__name__}: {reason})"
         raise ValueError(f"--scorer {args.scorer}: {fault}") from None
-    return best_of(args.search, one, lambda x, y: score(decoded(x, decoder), y), s.seed), 1
+    return best_of(args.search, one, lambda x, y: score(decoded(x, decoder).clamp(-1, 1), y), s.seed), 1
 
 
 def parse_labels(text, classes):
     """"balanced" (all classes in turn), "7" or "0-9" -> list of labels. Raises ValueError naming the flag."""
-    ends = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
-    low, high = (0, classes - 1) if text == "balanced" else (1, 0)
-    if ends:
-        low, high = int(ends[1]), int(ends[2] or ends[1])
+    ends = re.fullmatch(r"(\d+)(?:-(\d+))?", f"0-{classes - 1}" if text == "balanced" else text)
+    low, high = (int(ends[1]), int(ends[2] or ends[1])) if ends else (1, 0)
     if not 0 <= low <= high < classes:
         raise ValueError(f"--labels {text}: give balanced, one label or LOW-HIGH, within 0 to {classes - 1}")
     return list(range(low, high + 1))
@@ -1098,33 +1107,32 @@ def parse_labels(text, classes):
 
 def check(s):
     """Refuse settings that cannot be meant: ValueError with the flag, the value and the fix."""
-    device = re.fullmatch(r"cpu|cuda:?(\d*)", s.device)
+    device = re.fullmatch(r"cpu|cuda(?::(\d+))?", s.device)
     there = s.device == "cpu" or (device and int(device[1] or 0) < torch.cuda.device_count())
     share_fits = 0 <= s.correction <= 1
     whole = (m for m in range(1, 10_000) if abs(m * s.correction - round(m * s.correction)) < 1e-6)
     multiple = next(whole, 10_000) if share_fits else 1
     divides = f"times --correction {s.correction} must be whole: try a multiple of {multiple}"
     counts = ("steps", "batch", "log_every", "eval_every", "ckpt_every")
-    rates, sizes = ("lr", "online_lr", "clip"), ("k", "warmup", "seed", "micro_batch")
+    rates, sizes = ("lr", "online_lr", "clip", "r_scale"), ("k", "warmup", "seed", "micro_batch")
+    shares = ("correction", "cut", "decay_from")
     rules = [("res", s.res in PRESETS, f"choose from {sorted(PRESETS)}"),
              *((name, getattr(s, name) >= 1, "must be at least 1") for name in counts),
-             *((name, 0 < getattr(s, name) < math.inf, "must be positive") for name in rates),
-             *((name, getattr(s, name) >= 0, "must be 0 or more") for name in sizes),
+             *((name, 0 < getattr(s, name) < math.inf, "must be positive and finite") for name in rates),
+             *((name, 0 <= getattr(s, name) < math.inf, "must be 0 or more") for name in sizes),
+             *((name, 0 <= getattr(s, name) <= 1, "must be in [0, 1]") for name in shares),
              ("model", bool(re.fullmatch(rf"SiT-({'|'.join(sit.SIZES)})/[248]", s.model)),
                f"give SiT-SIZE/PATCH, SIZE of {list(sit.SIZES)}, PATCH of 2, 4, 8"),
+             ("model", s.res != 28 or s.model[-1] != "8", "28 is no multiple of 8: use a patch of 2 or 4"),
              ("convention", s.convention in ("auto", *CONVENTIONS), f"auto or of {list(CONVENTIONS)}"),
              ("micro_batch", s.micro_batch % multiple == 0, divides),
              ("eval_samples", s.eval_samples >= 2, "must be at least 2: a covariance needs two"),
-             ("correction", share_fits, "must be in [0, 1]"),
              ("batch", s.batch % multiple == 0, divides),
              ("alpha", 0 < s.alpha < math.inf, "must be positive; no correction is --correction 0"),
              ("gamma", 0 <= s.gamma[0] <= s.gamma[1] < math.inf, "must be LOW HIGH from 0 up"),
              ("interval", 0 <= s.interval[0] <= s.interval[1] <= 1, "must be LOW HIGH in 0 to 1"),
-             ("cut", 0 <= s.cut <= 1, "must be a time in [0, 1]"),
              ("r_location", math.isfinite(s.r_location), "must be finite"),
-             ("r_scale", 0 < s.r_scale < math.inf, "must be positive"),
              ("derivative", s.derivative in ("jvp", "fd"), "choose jvp or fd"),
-             ("decay_from", 0 <= s.decay_from <= 1, "must be in [0, 1]"),
              ("ema", 0 <= s.ema < 1, "must be in [0, 1)"),
              ("device", device, "choose cpu, cuda or cuda:N"),
              ("device", there, "no such GPU here: use cpu")]
@@ -1152,7 +1160,7 @@ def parse(argv):
     group.add_argument("--dry-run", action="store_true", help="print settings, sizes and files to be written")
     group.add_argument("--export", metavar="F", help="write the student to F in the released layout")
     group.add_argument("--ckpt", metavar="F", help="the student (OUT/student.pt; at 28 else the bundled one)")
-    group.add_argument("--guidance", type=float, default=1.5, metavar="γ", help="of these two (1.5)")
+    group.add_argument("--guidance", type=float, default=1.5, metavar="γ", help="of what is sampled (1.5)")
     group.add_argument("--labels", default="balanced", help="balanced (default), one label or LOW-HIGH")
     group.add_argument("--solver", default="heun", help="of --rollout: heun or euler (default: heun)")
     group.add_argument("--rollout-steps", type=int, default=32, metavar="K", help="of --rollout (32)")
@@ -1193,15 +1201,17 @@ def dry_run(s):
     for name, net in (("teacher", teacher), ("student", parts["student"]), ("online g", parts["online"])):
         print(f"{name:14} {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters")
     print(f"{'convention':14} {info['convention']}")
-    print(f"would write    {s.folder}/: student.pt  ckpt.pt  metrics.jsonl  samples.png  path.png")
+    print(f"would write    {s.folder}/: student.pt  ckpt.pt  ckpt.prev.pt  metrics.jsonl  samples.png "
+          " path.png")
 
 
 def keep_freed_memory():
     """Let glibc keep freed blocks instead of handing them back to the system: a step on the CPU, which asks
     for the same blocks over and over, is faster so (README, "What a step costs"). Elsewhere, nothing."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    for parameter in (-1, -3) if mallopt else ():                    # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-        mallopt(parameter, 2 ** 31 - 1)
+    # M_MMAP_THRESHOLD is -3 (older versions take 32 MiB at most), M_TRIM_THRESHOLD -1
+    if mallopt and (mallopt(-3, 2 ** 31 - 1) or mallopt(-3, 2 ** 25)):
+        mallopt(-1, 2 ** 31 - 1)
 
 
 def main(argv=None):

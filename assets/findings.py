@@ -15,7 +15,6 @@ No data here either: the measure of quality is made of the teacher itself (see `
 import argparse
 import contextlib
 import io
-import statistics
 import sys
 from pathlib import Path
 
@@ -29,6 +28,7 @@ import fid                                                                      
 import fmd                                                                          # noqa: E402
 import sit                                                                          # noqa: E402
 
+TEACHER = sit.load(HERE / "teacher-mnist.pt")[0].eval()
 CPU, SHAPE, LABELS = torch.device("cpu"), (1, 28, 28), range(10)
 BASE = "--res 28 --device cpu --k 1"                      # the paper's: 75/25, α = 1, r about 0.8, cut 0.7
 OBJECTIVES = [("prediction alone", "12.40", "--correction 0"),
@@ -81,7 +81,7 @@ def draw(make, count, seed):
     return fmd.timed(make, count, seed, SHAPE, LABELS, CPU)
 
 
-def heun(steps, gamma=1.5, solver="heun"):
+def by_teacher(steps, gamma=1.5, solver="heun"):
     return fmd.many_steps(TEACHER, "sit", gamma, steps, solver)
 
 
@@ -158,21 +158,23 @@ def chart(path, lines, x_name, y_name, x_log=False, y_log=False, size=(760, 460)
 def students(args, steps, flags):
     """One student a seed, trained by a plain command where it is not there yet -> their networks."""
     for seed in range(args.seeds):
-        out = args.out / f"{flags.replace('--', '').replace(' ', '-') or 'base'}-{steps}-{seed}"
+        name = flags.replace("--", "").replace(" ", "-") or "base"
+        out = args.out / f"{name}-{steps}x{args.batch}-{seed}"
         command = (f"{BASE} --steps {steps} --batch {args.batch} --eval-samples 2 --seed {seed} "
                    f"--out {out} {flags}")
         if not (out / "student.pt").exists():
             print(f"python fmd.py {command}", file=sys.stderr, flush=True)
             with contextlib.redirect_stdout(io.StringIO()):
-                if fmd.main(command.split()):
-                    raise SystemExit(1)
+                code = fmd.main(command.split())
+            if code or not (out / "student.pt").exists():                          # stopped by a signal
+                raise SystemExit(code or 1)
         yield sit.load(out / "student.pt")[0]
 
 
 def table(args, rows, steps):
     """Train the students of each row, measure them, and print mean ± standard deviation over the seeds."""
-    _, y_true, x_true, _ = draw(heun(16), args.samples, "truth")
-    _, y, phi, _ = draw(heun(16), args.samples, "paired")
+    _, y_true, x_true, _ = draw(by_teacher(16), args.samples, "truth")
+    _, y, phi, _ = draw(by_teacher(16), args.samples, "paired")
     h_true = features(x_true)
     print(f"{steps} steps, batch {args.batch}, {args.seeds} seeds, {args.samples} samples\n\n"
           "| settings | distance, % | spread | recall | endpoint error | the paper's FID |\n"
@@ -183,9 +185,10 @@ def table(args, rows, steps):
             x = draw(fmd.one_step(net, "sit", 1.5), args.samples, "paired")[2] if net else phi
             error = ((x - phi).flatten(1).norm(dim=1) / phi.flatten(1).norm(dim=1)).mean().item()
             found.append((*quality(x, y, h_true, y_true), error))
-        both = (statistics.mean, statistics.stdev)[:len(found)]
-        cells = [" ± ".join(f"{f(column):.{digits}f}" for f in both)
-                 for column, digits in zip(zip(*found), (1, 2, 2, 3))]
+        found = np.array(found)                                                          # (seeds, 4)
+        both = (found.mean(0), found.std(0, ddof=1)) if len(found) > 1 else (found[0],)
+        cells = [" ± ".join(f"{v:.{digits}f}" for v in column)
+                 for column, digits in zip(zip(*both), (1, 2, 2, 3))]
         print(f"| {name}{f' (`{flags}`)' if flags else ''} | {' | '.join(cells)} | {paper} |", flush=True)
 
 
@@ -197,7 +200,6 @@ def settings(args):
     table(args, SETTINGS, args.steps or 300)
 
 
-@torch.no_grad()
 def error(args):
     count = min(64, args.samples)
     z, y = fmd.noise("error", range(count), SHAPE), torch.arange(count) % 10
@@ -207,7 +209,7 @@ def error(args):
     for name, flags in (("prediction alone", "--correction 0"), ("both", "")):
         curves = []
         for net in students(args, args.steps or 900, flags):
-            F = fmd.student_of(fmd.velocity_of(net, "sit"), y, gamma)
+            F = torch.no_grad()(fmd.student_of(fmd.velocity_of(net, "sit"), y, gamma))
             maps = torch.stack([fmd.flow_map(F, z, torch.full_like(gamma, d)) for d in deltas])
             curves.append(((maps - path).flatten(2).norm(dim=2) / path.flatten(2).norm(dim=2)).mean(1))
         curves = torch.stack(curves)                                              # (seeds, 16)
@@ -219,16 +221,16 @@ def error(args):
 
 
 def speed(args):
-    _, y_true, x_true, _ = draw(heun(32), args.samples, "truth")
+    _, y_true, x_true, _ = draw(by_teacher(32), args.samples, "truth")
     h_true, student, lines = features(x_true), sit.load(HERE / "student-mnist.pt")[0], {}
     print("| | steps | NFE | images/s | distance, % |\n|---|---|---|---|---|")
     for name in ("student", "teacher, Heun", "teacher, Euler"):
         rates, distances, nfes = [], [], []
         for steps in (1,) if name == "student" else (2, 4, 8, 16, 32):
-            solver = name.split()[-1].lower()
-            make = fmd.one_step(student, "sit", 1.5) if steps == 1 else heun(steps, solver=solver)
+            solver = "euler" if "Euler" in name else "heun"
+            make = fmd.one_step(student, "sit", 1.5) if steps == 1 else by_teacher(steps, solver=solver)
             nfe = 1 if steps == 1 else fmd.evaluations(steps, solver, 1.5)
-            draw(make, min(64, args.samples), "warm")
+            draw(make, 1, "warm")
             _, _, x, ms = draw(make, args.samples, "speed")
             rates.append(1e3 / ms)
             distances.append(distance(features(x), h_true))
@@ -245,7 +247,7 @@ def guidance(args):
     print("| γ | the teacher's spread | its label score | student's spread | its label score | distance to "
           "the teacher at that γ, % |\n|---|---|---|---|---|---|")
     for gamma in (1.0, 1.25, 1.5, 1.75, 2.0):
-        _, y, x_true, _ = draw(heun(16, gamma), args.samples, "truth")
+        _, y, x_true, _ = draw(by_teacher(16, gamma), args.samples, "truth")
         x = draw(fmd.one_step(student, "sit", gamma), args.samples, "student")[2]
         h_true, h = features(x_true), features(x)
         base = base or spread(h_true, y)                                                    # at γ = 1
@@ -265,11 +267,12 @@ def search(args):
     y, N = torch.arange(args.images) % 10, args.tries
     zs = [fmd.noise("search", [f"{i}/{j}" for i in range(args.images)], SHAPE) for j in range(N)]
 
-    def scores(make):                                                                        # (images, N)
+    def scores(make, zs=zs):                                                              # (images, len(zs))
         return torch.stack([torch.cat([score(make(a, b), b) for a, b in zip(z.split(64), y.split(64))])
                             for z in zs], 1)
 
-    quick, slow, finer = map(scores, (fmd.one_step(student, "sit", 1.0), heun(16, 1.0), heun(32, 1.0)))
+    quick, slow = scores(fmd.one_step(student, "sit", 1.0)), scores(by_teacher(16, 1.0))
+    finer = scores(by_teacher(32, 1.0), zs[:1])
     rho = np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(ranks(quick), ranks(slow))])
     print(f"{args.images} images of {N} noises, γ = 1; a score takes 4 evaluations of the teacher\n"
           f"rank correlation of one step with 16 Heun steps, mean over the images: {rho:.3f}\n\n"
@@ -388,8 +391,6 @@ def main(argv=None):
     fmd.keep_freed_memory()
     findings[args.what](args)
 
-
-TEACHER = sit.load(HERE / "teacher-mnist.pt")[0].eval()
 
 if __name__ == "__main__":
     main()
