@@ -37,6 +37,7 @@ Launch:
 """
 
 import argparse
+import contextlib
 import copy
 import ctypes
 import dataclasses
@@ -51,7 +52,6 @@ import runpy
 import signal
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -565,7 +565,7 @@ def velocities(teacher, parts, convention, s, world=1):
     # the derivative needs no gradient, hence no DDP; forward mode does not go through a compiled network
     bf16 = {name: s.bf16 and (name != "bare" or s.derivative == "jvp") for name in nets}
     return ({name: velocity_of(net, convention, bf16[name]) for name, net in nets.items()},
-            lambda name: nets[name].no_sync() if world > 1 else nullcontext())
+            lambda name: nets[name].no_sync() if world > 1 else contextlib.nullcontext())
 
 
 def losses_in_pieces(v, null, s, pred, corr, mean, hold):
@@ -579,7 +579,7 @@ def losses_in_pieces(v, null, s, pred, corr, mean, hold):
               for i in range(count)]
     graphless, targets = {**v, "student": torch.no_grad()(v["student"])}, []
     for i, piece in enumerate(pieces):
-        with hold("online") if i + 1 < count else nullcontext():
+        with hold("online") if i + 1 < count else contextlib.nullcontext():
             average, G, N, online_loss = objectives(graphless, null, s, *piece)
             if len(N):
                 (online_loss / count).backward()
@@ -593,7 +593,7 @@ def losses_in_pieces(v, null, s, pred, corr, mean, hold):
     for i, ((pred, corr), average) in enumerate(zip(pieces, averages)):
         z, y, gamma = (torch.cat([pred[name], corr[name]]) for name in ("z", "y", "gamma"))
         delta = torch.cat([pred["delta"], torch.ones_like(corr["gamma"])])
-        with hold("student") if i + 1 < count else nullcontext():
+        with hold("student") if i + 1 < count else contextlib.nullcontext():
             student_of(v["student"], y, gamma)(z, delta).backward(average.grad)
     return to_log(G, N, online_loss, lam, mean)
 
@@ -721,6 +721,35 @@ def flops(config, s, rows):
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 
 
+@contextlib.contextmanager
+def heeded():
+    """Signals to stop -> the list of those that came. The first is to be heeded after the step, a second acts
+    at once."""
+    came = []
+
+    def heed(number, _):
+        came.append(signal.Signals(number).name)
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, heed) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield came
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def read_terms(pending, names, s, done, rank, world, anywhere):
+    """Wait for the device: the terms of all steps since the last wait -> those of the last, numbers.
+    FloatingPointError where one is not finite: which, at which step, where it began."""
+    for at, (*values, local) in enumerate(torch.stack(pending).tolist(), start=done - len(pending) + 1):
+        for name, value in zip(names, values):
+            if not math.isfinite(value):
+                began = [r for r in range(world) if anywhere(r == rank and not math.isfinite(local))]
+                raise FloatingPointError(f"{name} is {value} at step {at} (rank {began or 'any'}): stopped "
+                                         f"before the optimiser; checkpoints in {s.folder} are untouched")
+    return values
+
+
 def train(s):
     """The whole run: distil, evaluate, write everything under s.folder."""
     rank, world, device, mean, anywhere = join(s)
@@ -752,59 +781,44 @@ def train(s):
     peak = next((f for name, f in PEAK.items() if device.type == "cuda"
                  and name in torch.cuda.get_device_name(device)), None)
 
-    signals = []                                    # the first one is heeded after the step, a second at once
-    def heed(number, _):
-        signals.append(signal.Signals(number).name)
-        for each in before:
-            signal.signal(each, signal.SIG_DFL)
-    before = {number: signal.signal(number, heed) for number in (signal.SIGTERM, signal.SIGINT)}
-
     quiet = rank > 0 or not sys.stderr.isatty()                      # plain lines when piped
     halted, pending = torch.zeros((), device=device), []
     clock, since, done, stop = time.perf_counter(), first, first, False
-    for step in tqdm(range(first, s.steps), initial=first, total=s.steps, disable=quiet):
-        draws = [to_device(prior(shape, classes, s, step, part, rank, world), device)
-                 for part in ("prediction", "correction")]
-        terms = training_step(v, null, parts, s, step, draws, halted, mean, losses)
-        local = terms.pop("local")
-        pending.append(torch.stack([*terms.values(), local]))
-        done, stop = step + 1, anywhere(signals != [])
-        logged, evaluated, saved = (done == s.steps or done % n == 0
-                                    for n in (s.log_every, s.eval_every, s.ckpt_every))
-        if not (logged or evaluated or saved or stop or device.type == "cpu"):
-            continue
-        found = torch.stack(pending).tolist()                        # the one wait for the device
-        for at, (*values, local) in enumerate(found, start=done - len(found) + 1):
-            for name, value in zip(terms, values):
-                if not math.isfinite(value):
-                    began = [r for r in range(world) if anywhere(r == rank and not math.isfinite(local))]
-                    raise FloatingPointError(
-                        f"{name} is {value} at step {at} (rank {began or 'any'}): stopped before "
-                        f"the optimiser; checkpoints in {s.folder} are untouched")
-        pending.clear()
-        if rank == 0 and (logged or evaluated):
-            seconds = (time.perf_counter() - clock) / (done - since)
-            line = {"step": done, **{k: round(value, 6) for k, value in zip(terms, values)},
-                    "lr": s.lr * learning_rate(step, s), "images_per_s": round(s.batch / seconds, 2)}
-            if peak:
-                line["mfu"] = round(flops(teacher.config, s, s.batch / world) / seconds / peak, 4)
-                line["peak_gb"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
-            if evaluated:
-                line |= compare(parts["ema"], convention, truth)[0]
-            with open(log, "a") as f:
-                f.write(json.dumps(line) + "\n")
-            if quiet or evaluated:
-                left = datetime.timedelta(seconds=round(seconds * (s.steps - done)))
-                say("  ".join(f"{k} {value:.4g}" for k, value in line.items())
-                    + f"  ms/step {1e3 * seconds:.0f}  left {left}")
-        if rank == 0 and (saved or stop):
-            save_checkpoint(s, parts, done, identity)
-        if logged or evaluated or saved:
-            clock, since = time.perf_counter(), done
-        if stop:
-            break
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    with heeded() as signals:
+        for step in tqdm(range(first, s.steps), initial=first, total=s.steps, disable=quiet):
+            draws = [to_device(prior(shape, classes, s, step, part, rank, world), device)
+                     for part in ("prediction", "correction")]
+            terms = training_step(v, null, parts, s, step, draws, halted, mean, losses)
+            local = terms.pop("local")
+            pending.append(torch.stack([*terms.values(), local]))
+            done, stop = step + 1, anywhere(signals != [])
+            logged, evaluated, saved = (done == s.steps or done % n == 0
+                                        for n in (s.log_every, s.eval_every, s.ckpt_every))
+            if not (logged or evaluated or saved or stop or device.type == "cpu"):
+                continue
+            values = read_terms(pending, terms, s, done, rank, world, anywhere)
+            pending.clear()
+            if rank == 0 and (logged or evaluated):
+                seconds = (time.perf_counter() - clock) / (done - since)
+                line = {"step": done, **{k: round(value, 6) for k, value in zip(terms, values)},
+                        "lr": s.lr * learning_rate(step, s), "images_per_s": round(s.batch / seconds, 2)}
+                if peak:
+                    line["mfu"] = round(flops(teacher.config, s, s.batch / world) / seconds / peak, 4)
+                    line["peak_gb"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
+                if evaluated:
+                    line |= compare(parts["ema"], convention, truth)[0]
+                with open(log, "a") as f:
+                    f.write(json.dumps(line) + "\n")
+                if quiet or evaluated:
+                    left = datetime.timedelta(seconds=round(seconds * (s.steps - done)))
+                    say("  ".join(f"{k} {value:.4g}" for k, value in line.items())
+                        + f"  ms/step {1e3 * seconds:.0f}  left {left}")
+            if rank == 0 and (saved or stop):
+                save_checkpoint(s, parts, done, identity)
+            if logged or evaluated or saved:
+                clock, since = time.perf_counter(), done
+            if stop:
+                break
     if stop:
         say(f"stopped by {signals[0] if signals else 'a signal elsewhere'} after step {done}, saved; "
             "the same command goes on from there")
