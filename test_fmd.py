@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -2201,6 +2202,22 @@ def test_readme_explains_every_flag():
     for link in re.findall(r"assets/[\w.-]+", text):
         assert (HERE / link).exists(), link
     assert (HERE / ".ci/run").read_text().count("pytest") and "python -m pytest" in text
+
+
+def test_readme_commands_parse():
+    """Each command of the README is one its program takes; what they do is tested above, in miniature."""
+    text = (HERE / "README.md").read_text().replace("--res RES", "--res 28")
+    commands = re.findall(r"(?<![\w/])(fmd|fid|assets/\w+)\.py +([^`\n#|]*)", text)
+    assert len(commands) > 25
+    for program, args in commands:
+        args = shlex.split(args)
+        if program == "fmd" and args != ["..."]:
+            fmd.parse(args)
+        elif program == "fid":
+            fid.parse(args)
+        elif program.startswith("assets"):
+            source = (HERE / f"{program}.py").read_text()
+            assert all(f'"{a}"' in source or f"def {a}(" in source for a in args if re.match("--|[a-z]+$", a))
 
 
 # -----------------------------------------------------------------------------------------------------------
