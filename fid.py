@@ -452,7 +452,7 @@ def agree(error):
 
 def write(path, save):
     """A file whole or not at all: save(file object) into a temporary beside it, fsync, rename."""
-    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
+    temporary = Path(path).with_name(f".{Path(path).name}.tmp")     # one left by a kill: overwritten later
     try:
         with open(temporary, "wb") as f:
             save(f)

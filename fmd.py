@@ -51,6 +51,7 @@ import re
 import runpy
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -64,7 +65,7 @@ from tqdm import tqdm
 
 import fid
 import sit
-from fid import Moments, frechet_distance, write
+from fid import Moments, frechet_distance, processes, write
 
 HERE = Path(__file__).resolve().parent
 
@@ -437,11 +438,8 @@ def training_step(v, null, parts, s, step, draws, halted, mean=torch.mean, losse
 # -----------------------------------------------------------------------------------------------------------
 
 def join(s):
-    """Join the processes torchrun started, if any -> rank, world size, device, mean over all processes, and
-    anywhere(flag): whether the flag is up in any of them (told on the CPU: a GPU's queue is not waited for).
-    """
-    rank, local, world = (int(os.environ.get(name, default)) for name, default in
-                          (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    """Join the processes torchrun started, if any -> rank, world size, device."""
+    local, world = (int(os.environ.get(*name)) for name in (("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     device = torch.device(f"cuda:{local}" if s.device == "cuda" else s.device)
     if world > 1 and ":" in s.device:
         raise ValueError(f"--device {s.device}: {world} processes need a GPU each: use --device cuda")
@@ -449,58 +447,63 @@ def join(s):
         torch.cuda.set_device(device)
         # tensor cores for float32 too; a finite difference would drown in their rounding
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = s.derivative != "fd"
-    flags = None
-    if world > 1:
-        if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        flags = dist.new_group(backend="gloo")
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return *processes(), device
 
-    def mean(values):
-        value = values.float().mean()
-        if world > 1:
-            dist.all_reduce(value)
-        return value / world
 
-    def anywhere(flag):
-        if world == 1:
-            return flag
-        up = torch.tensor(float(flag))
-        dist.all_reduce(up, group=flags)
-        return up.item() > 0
+def mean_of_all(values):
+    """The mean over all processes, each of which holds as many values."""
+    value = values.float().mean()
+    if dist.is_initialized():
+        dist.all_reduce(value)
+    return value / processes()[1]
 
-    return rank, world, device, mean, anywhere
+
+def anywhere(flag):
+    """Whether the flag is up in any process. Told on the CPU, so that a GPU's queue is not waited for."""
+    up = torch.tensor(float(flag))
+    if dist.is_initialized():
+        dist.all_reduce(up)
+    return up.item() > 0
+
+
+def wait():
+    """For all processes to come here."""
+    anywhere(False)
 
 
 def load_net(path, flag, s, device, student=False):
     """-> a frozen network and its file's info. path: a file, a released name, a URL, or "random". Raises
     ValueError naming flag, path and fault."""
+    shape, classes = ((1, 28, 28), 10) if s.res == 28 else ((4, s.res // 8, s.res // 8), 1000)
     try:
         if str(path) == "random":
             size, patch = s.model.removeprefix("SiT-").split("/")
-            shape, classes = ((1, 28, 28), 10) if s.res == 28 else ((4, s.res // 8, s.res // 8), 1000)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(s.seed)
-                net = sit.SiT(shape, *sit.SIZES[size], int(patch), classes, dt=student, gw=student)
-                for p in net.parameters():                     # adaLN-Zero starts at 0 and would stay there
-                    p.data.add_(0.02 * torch.randn_like(p)) if p.requires_grad else None
-            info = {"convention": "sit"}
+            torch.manual_seed(s.seed)
+            net, info = sit.SiT(shape, *sit.SIZES[size], int(patch), classes, dt=student, gw=student), {}
+            for p in net.parameters():                         # adaLN-Zero starts at 0 and would stay there
+                p.data.add_(0.02 * torch.randn_like(p)) if p.requires_grad else None
         else:
             bundled = not Path(path).exists() and (HERE / path).exists()   # found from any working directory
             net, info = sit.load(HERE / path if bundled else sit.fetch(path))
     except ValueError as e:
         raise ValueError(f"{flag} {e}") from None
-    info["convention"] = info["convention"] if s.convention == "auto" else s.convention
-    if info["convention"] not in list(CONVENTIONS):
-        raise ValueError(f"{flag} {path}: convention {info['convention']!r} is none of {sorted(CONVENTIONS)}")
-    shape, latents = tuple(net.config["shape"]), (4, s.res // 8, s.res // 8)
-    if (shape[0] == 4) if s.res == 28 else (shape != latents):
-        raise ValueError(f"{flag} {path}: works on {shape}, which is not --res {s.res}: give its own --res")
-    if (net.config["dt"], net.config["gw"]) != (student, student):
-        held = "teacher (no δ and γ embedders)" if student else "student (δ and γ embedders)"
-        raise ValueError(f"{flag} {path}: holds a {held}, give a {'student' if student else 'teacher'}")
-    known = info.setdefault("gamma", [0.0, math.inf])                # what guidance a student was trained for
-    if not (isinstance(known, list) and len(known) == 2 and all(isinstance(a, float) for a in known)):
-        raise ValueError(f"{flag} {path}: gamma {known!r} is not a LOW HIGH")
+    if s.convention != "auto":
+        info["convention"] = s.convention
+    convention, known = info.setdefault("convention", "sit"), info.setdefault("gamma", [0.0, math.inf])
+    works = tuple(net.config["shape"])
+    held, wanted = ("teacher (no", "student") if student else ("student (with", "teacher")
+    rules = [(convention in list(CONVENTIONS), f"convention {convention!r} is none of {list(CONVENTIONS)}"),
+             (works[0] != 4 if s.res == 28 else works == shape,
+              f"works on {works}, which is not --res {s.res}: give its own --res"),
+             ((net.config["dt"], net.config["gw"]) == (student, student),
+              f"holds a {held} δ and γ embedders), give a {wanted}"),
+             (isinstance(known, list) and [type(a) in (int, float) for a in known] == [True, True],
+              f"gamma {known!r} is not a LOW HIGH")]
+    for fine, fault in rules:
+        if not fine:
+            raise ValueError(f"{flag} {path}: {fault}")
     return net.to(device).eval().requires_grad_(False), info
 
 
@@ -508,25 +511,24 @@ def load_decoder(s, device):
     """The SD-VAE's decoder, on whose latents the networks of 256 and 512 work; None at 28."""
     if s.res == 28:
         return None
+    torch.manual_seed(s.seed)
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(s.seed)
-            net = sit.Decoder() if s.vae == "random" else sit.load_decoder(sit.fetch(s.vae))
+        net = sit.Decoder() if s.vae == "random" else sit.load_decoder(sit.fetch(s.vae))
     except ValueError as e:
         raise ValueError(f"--vae {e}") from None
     return net.to(device).eval().requires_grad_(False)
 
 
-def first_of_machine(anywhere, load):
+def first_of_machine(load):
     """load() in one process of each machine, then in its others: what it downloads is downloaded once."""
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    if local > 0:
-        anywhere(False)                                             # waits
+    others = os.environ.get("LOCAL_RANK", "0") != "0"
+    if others:
+        wait()
     try:
         return load()
     finally:
-        if local == 0:
-            anywhere(False)
+        if not others:
+            wait()
 
 
 def relative(teacher, **embedders):
@@ -543,9 +545,8 @@ def relative(teacher, **embedders):
 
 def build(teacher, s):
     """-> what trains, and what a checkpoint holds: student, its average ema, online network g, optimisers."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(s.seed)                                   # the embedders' inner layers start random
-        parts = {"student": relative(teacher, dt=True, gw=True), "online": relative(teacher, gw=True)}
+    torch.manual_seed(s.seed)                                       # the embedders' inner layers start random
+    parts = {"student": relative(teacher, dt=True, gw=True), "online": relative(teacher, gw=True)}
     parts["ema"] = copy.deepcopy(parts["student"]).requires_grad_(False)
     for name in ("student", "online"):                              # training_step sets their rates
         parts[name].checkpointing = s.checkpointing
@@ -554,18 +555,19 @@ def build(teacher, s):
     return parts
 
 
-def velocities(teacher, parts, convention, s, world=1):
+def velocities(teacher, parts, convention, s):
     """-> v of objectives and training_step, and hold: the networks compiled, wrapped for DDP where asked."""
     compiled = torch.compile if s.compile else lambda net: net
     nets = {"teacher": compiled(teacher), "student": compiled(parts["student"]),
             "online": compiled(parts["online"]), "bare": parts["student"]}
-    if world > 1:                                # gradients averaged over processes, once a step and network
+    several = processes()[1] > 1
+    if several:                                  # gradients averaged over processes, once a step and network
         for name in ("student", "online"):
             nets[name] = torch.nn.parallel.DistributedDataParallel(nets[name], gradient_as_bucket_view=True)
     # the derivative needs no gradient, hence no DDP; forward mode does not go through a compiled network
     bf16 = {name: s.bf16 and (name != "bare" or s.derivative == "jvp") for name in nets}
     return ({name: velocity_of(net, convention, bf16[name]) for name, net in nets.items()},
-            lambda name: nets[name].no_sync() if world > 1 else contextlib.nullcontext())
+            lambda name: nets[name].no_sync() if several else contextlib.nullcontext())
 
 
 def losses_in_pieces(v, null, s, pred, corr, mean, hold):
@@ -598,24 +600,13 @@ def losses_in_pieces(v, null, s, pred, corr, mean, hold):
     return to_log(G, N, online_loss, lam, mean)
 
 
-def make_folder(folder, rank=0, flag="--out"):
+def make_folder(folder, flag="--out"):
     """Create it and see that it can be written."""
-    if rank > 0:
-        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write(folder / ".probe", lambda f: None)
-        (folder / ".probe").unlink()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as e:
         raise ValueError(f"{flag} {folder}: cannot write there ({e.strerror}); name another folder") from None
-
-
-def clear_stale(folder, *names):
-    """Remove the temporary files of a run that was killed as it wrote one of the names."""
-    for name in (".probe", *names):
-        for stale in folder.glob(f".{name}.*.tmp"):
-            stale.unlink()
-    (folder / ".probe").unlink(missing_ok=True)
 
 
 def fingerprint(net, convention):
@@ -629,7 +620,7 @@ def fingerprint(net, convention):
 def save_checkpoint(s, parts, done, teacher):
     """ckpt.pt, whole or not at all; the one before stays as ckpt.prev.pt."""
     state = {name: part.state_dict() for name, part in parts.items()}
-    state |= {"step": done, "settings": dataclasses.asdict(s), "teacher": teacher, "format": 2}
+    state |= {"step": done, "settings": {**dataclasses.asdict(s), "teacher": teacher}, "format": 3}
     new, last = s.folder / "ckpt.new.pt", s.folder / "ckpt.pt"
     try:
         write(new, lambda f: torch.save(state, f))
@@ -637,9 +628,9 @@ def save_checkpoint(s, parts, done, teacher):
             os.replace(last, s.folder / "ckpt.prev.pt")
         os.replace(new, last)
     except (OSError, RuntimeError) as e:                         # torch.save may turn the one into the other
-        reason = getattr(e, "strerror", None) or getattr(e.__context__, "strerror", None) or "write failed"
-        raise OSError(f"--out {s.folder}: ckpt.pt of step {done} cannot be saved ({reason}); the last one is "
-                      "untouched: make room and type the same command again") from None
+        raise OSError(f"--out {s.folder}: ckpt.pt of step {done} cannot be saved "
+                      f"({sit.reason(e.__context__ or e)}); the last one is untouched: make room and type "
+                      "the same command again") from None
 
 
 def load_checkpoint(path, parts):
@@ -648,49 +639,44 @@ def load_checkpoint(path, parts):
     ckpt = sit.read_file(path)
     try:
         for name, part in parts.items():
-            state = ckpt[name]
-            if name.endswith("_opt"):
-                state, (group,) = state["state"], part.param_groups
-                tensors = [v for moments in state.values() for v in moments.values()]
-                want = [{"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape} for p in group["params"]]
-                if state and [{k: v.shape for k, v in m.items()} for m in state.values()] != want:
-                    raise ValueError(f"{name} does not fit")
-                state = {**part.state_dict(), "state": state}
+            state, want = ckpt[name], part.state_dict()
+            if name.endswith("_opt"):                    # moments by weight; none before the first gradient
+                moments, params = state["state"], part.param_groups[0]["params"]
+                state = {f"{i}.{k}": v for i, m in moments.items() for k, v in m.items()}
+                like = {f"{i}.{k}": p if k != "step" else torch.zeros(()) for i, p in enumerate(params)
+                        for k in ("step", "exp_avg", "exp_avg_sq")}
+                sit.verify(like if state else {}, state)
+                part.load_state_dict({**want, "state": moments})
             else:
-                tensors = state.values()
-            if not all(v.dtype == torch.float32 and v.isfinite().all() for v in tensors):
-                raise ValueError(f"{name} is not finite and float32 throughout")
-            part.load_state_dict(state)
-        if not (ckpt["format"] == 2 and isinstance(ckpt["step"], int) and ckpt["step"] >= 0):
+                sit.verify(want, state)
+                part.load_state_dict(state)
+        if not (ckpt["format"] == 3 and isinstance(ckpt["step"], int) and ckpt["step"] >= 0):
             raise ValueError(f"format {ckpt['format']!r}, step {ckpt['step']!r}")
-        return {**ckpt, "settings": {**ckpt["settings"], "teacher": ckpt["teacher"]}}
+        return {**ckpt, "settings": dict(ckpt["settings"])}
     except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as e:
-        reason = (str(e).splitlines() or [""])[0][:80]
-        raise ValueError(f"{path}: not a checkpoint of this run ({type(e).__name__}: {reason})") from None
+        raise ValueError(f"{path}: not a checkpoint of this run ({sit.reason(e)})") from None
 
 
-def resume(s, parts, teacher, say, rank=0):
+def resume(s, parts, teacher, say):
     """The newest checkpoint of s.folder that can be read, if there is any, into parts -> steps done. Raises
     ValueError where there are only others, or where the run there had other settings."""
-    faults = []
-    for path in (s.folder / "ckpt.pt", s.folder / "ckpt.prev.pt"):
+    here, faults = {**dataclasses.asdict(s), "teacher": teacher}, []
+    for path in filter(Path.exists, (s.folder / "ckpt.pt", s.folder / "ckpt.prev.pt")):
         try:
-            ckpt = load_checkpoint(path, parts) if path.exists() else None
+            ckpt = load_checkpoint(path, parts)
         except ValueError as e:
             faults.append(str(e))
             continue
-        if ckpt:
-            here = {**dataclasses.asdict(s), "teacher": teacher}
-            fixed = [f.name for f in dataclasses.fields(s) if not f.metadata["free"]]
-            differ = [f"{name} {plain(ckpt['settings'].get(name))} there, {plain(here[name])} here"
-                      for name in fixed if ckpt["settings"].get(name) != here[name]]
-            if differ:
-                raise ValueError(f"--out {s.folder}: a run with {'; '.join(differ)}; name another folder")
-            if faults:                       # ckpt.pt: put aside, or the next save would keep it as prev
-                say(f"{faults[0]}, now ckpt.damaged.pt; going on from {path}")
-                if rank == 0:
-                    os.replace(s.folder / "ckpt.pt", s.folder / "ckpt.damaged.pt")
-            return ckpt["step"]
+        there, fixed = ckpt["settings"], [f.name for f in dataclasses.fields(s) if not f.metadata["free"]]
+        differ = [f"{name} {plain(there.get(name))} there, {plain(here[name])} here"
+                  for name in fixed if there.get(name) != here[name]]
+        if differ:
+            raise ValueError(f"--out {s.folder}: a run with {'; '.join(differ)}; name another folder")
+        if faults:                           # ckpt.pt: put aside, or the next save would keep it as prev
+            say(f"{faults[0]}, now ckpt.damaged.pt; going on from {path}")
+            if processes()[0] == 0:
+                os.replace(s.folder / "ckpt.pt", s.folder / "ckpt.damaged.pt")
+        return ckpt["step"]
     if faults:
         raise ValueError(f"--out {s.folder}: {'; '.join(faults)}; name another folder")
     return 0
@@ -738,9 +724,10 @@ def heeded():
         signal.signal(number, handler)
 
 
-def read_terms(pending, names, s, done, rank, world, anywhere):
+def read_terms(pending, names, s, done):
     """Wait for the device: the terms of all steps since the last wait -> those of the last, numbers.
     FloatingPointError where one is not finite: which, at which step, where it began."""
+    rank, world = processes()
     for at, (*values, local) in enumerate(torch.stack(pending).tolist(), start=done - len(pending) + 1):
         for name, value in zip(names, values):
             if not math.isfinite(value):
@@ -752,30 +739,29 @@ def read_terms(pending, names, s, done, rank, world, anywhere):
 
 def train(s):
     """The whole run: distil, evaluate, write everything under s.folder."""
-    rank, world, device, mean, anywhere = join(s)
+    rank, world, device = join(s)
     if s.corrected % world or (s.batch - s.corrected) % world:
         raise ValueError(f"--batch {s.batch}: its {s.batch - s.corrected} samples for prediction and "
                          f"{s.corrected} for correction must both divide by the {world} processes")
     if s.micro_batch and (s.batch // world % s.micro_batch):
         raise ValueError(f"--micro-batch {s.micro_batch}: must divide a process's {s.batch // world} samples")
-    (teacher, info), decoder = first_of_machine(anywhere, lambda: (
+    (teacher, info), decoder = first_of_machine(lambda: (
         load_net(s.teacher, "--teacher", s, device), load_decoder(s, device)))
     convention, shape = info["convention"], teacher.config["shape"]
     classes = null = teacher.config["classes"]                       # labels are 0 to null - 1
-    make_folder(s.folder, rank)
+    make_folder(s.folder)
     say = (lambda text: tqdm.write(text, file=sys.stdout)) if rank == 0 else lambda text: None
     parts, identity = build(teacher, s), fingerprint(teacher, convention)
-    first = resume(s, parts, identity, say, rank)
-    if anywhere(mean(torch.tensor(float(first), device=device)).item() != first):
+    first = resume(s, parts, identity, say)
+    if anywhere(mean_of_all(torch.tensor(float(first), device=device)).item() != first):
         raise ValueError(f"--out {s.folder}: processes see different checkpoints; name a folder all share")
-    v, hold = velocities(teacher, parts, convention, s, world)
+    v, hold = velocities(teacher, parts, convention, s)
     losses = functools.partial(losses_in_pieces, hold=hold) if s.micro_batch else batch_losses
     log = s.folder / "metrics.jsonl"
     size = sum(p.numel() for p in parts["student"].parameters()) / 1e6
     say(f"teacher {s.teacher} (convention {convention}), student of {size:.2f} M parameters, "
         f"{world} process(es) on {device.type}, steps {first} to {s.steps}")
     if rank == 0:
-        clear_stale(s.folder, "ckpt.new.pt", "metrics.jsonl", "student.pt", "samples.png", "path.png")
         trim(log, first)
         truth = reference(teacher, convention, s, device)
     peak = next((f for name, f in PEAK.items() if device.type == "cuda"
@@ -788,7 +774,7 @@ def train(s):
         for step in tqdm(range(first, s.steps), initial=first, total=s.steps, disable=quiet):
             draws = [to_device(prior(shape, classes, s, step, part, rank, world), device)
                      for part in ("prediction", "correction")]
-            terms = training_step(v, null, parts, s, step, draws, halted, mean, losses)
+            terms = training_step(v, null, parts, s, step, draws, halted, mean_of_all, losses)
             local = terms.pop("local")
             pending.append(torch.stack([*terms.values(), local]))
             done, stop = step + 1, anywhere(signals != [])
@@ -796,7 +782,7 @@ def train(s):
                                         for n in (s.log_every, s.eval_every, s.ckpt_every))
             if not (logged or evaluated or saved or stop or device.type == "cpu"):
                 continue
-            values = read_terms(pending, terms, s, done, rank, world, anywhere)
+            values = read_terms(pending, terms, s, done)
             pending.clear()
             if rank == 0 and (logged or evaluated):
                 seconds = (time.perf_counter() - clock) / (done - since)
@@ -825,7 +811,7 @@ def train(s):
     elif rank == 0:
         export(s.folder / "student.pt", parts["ema"], {"convention": convention, "gamma": list(s.gamma)})
         report(teacher, parts["ema"], convention, s, truth, decoder)
-    anywhere(False)                                                  # the others wait for process 0
+    wait()                                                           # for process 0
 
 
 def export(path, net, info=None):
@@ -1031,10 +1017,10 @@ def student_path(s, args):
 def sample(s, args):
     """--sample and --rollout: N samples, of the student or of the teacher, to an ADM npz and a grid. They are
     collected in a file as large as they are, mapped into memory, which every process fills in places."""
-    rank, world, device, _, anywhere = join(s)
+    rank, world, device = join(s)
     count, name = args.sample or args.rollout, "samples" if args.sample else "rollout"
     path = student_path(s, args) if args.sample else s.teacher
-    (net, info), decoder, guide = first_of_machine(anywhere, lambda: (
+    (net, info), decoder, guide = first_of_machine(lambda: (
         load_net(path, "--ckpt" if args.sample else "--teacher", s, device, student=bool(args.sample)),
         load_decoder(s, device),
         load_net(student_path(s, args), "--ckpt", s, device, student=True) if args.search else None))
@@ -1057,19 +1043,18 @@ def sample(s, args):
     if args.search:
         pick, cost = searcher(s, args, net, convention, *guide, decoder)
         nfe += args.search * cost
-    make_folder(s.folder, rank)
+    make_folder(s.folder)
     side, channels = (shape[1], shape[0]) if decoder is None else (8 * shape[1], 3)
     npz, raw = s.folder / f"{name}.npz", s.folder / f".{name}.npy.tmp"
     try:
         if rank == 0:
-            clear_stale(s.folder, npz.name, f"{name}-grid.png")
             np.lib.format.open_memmap(raw, "w+", np.uint8, (count, side, side, channels))
-        anywhere(False)                                                      # the others wait for the file
+        wait()                                                               # for the file
         clock, x = time.perf_counter(), np.lib.format.open_memmap(raw, "r+")
         for start, _, _, made in generate(make, count, s.seed, shape, labels, device, rank, world, pick=pick):
             x[start:start + len(made)] = to_uint8(made, decoder)
         x.flush()
-        anywhere(False)
+        wait()
         if rank == 0:
             ms = 1e3 * (time.perf_counter() - clock) / count
             y = np.array([labels[i % len(labels)] for i in range(count)])
@@ -1082,7 +1067,7 @@ def sample(s, args):
     finally:
         if rank == 0:
             raw.unlink(missing_ok=True)
-    anywhere(False)
+    wait()
     if args.eval:
         inception = ["--weights", args.inception] if args.inception else []
         return fid.main([str(npz), args.eval, "--device", s.device, *inception])
