@@ -35,6 +35,7 @@ import json
 import os
 import sys
 import zipfile
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -133,7 +134,7 @@ def fetch():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(URL, str(path), hash_prefix=SHA256)
-        except (OSError, RuntimeError) as e:
+        except (OSError, RuntimeError, HTTPException) as e:
             error = (f"Inception weights: no download ({e}); fetch {URL} by other means (SHA-256 {SHA256}) "
                      f"and put it at {path}, or name it with --weights")
     agree(error)
@@ -406,8 +407,8 @@ def array_batches(path, span, size, rank, world, workers):
 def folder_batches(files, size, rank, world, workers):
     """Batches of image files, decoded by worker processes."""
     starts = range(rank * size, len(files), world * size)
-    blocks = [range(start, min(start + size, len(files))) for start in starts]
-    loader = torch.utils.data.DataLoader(files, batch_sampler=blocks, collate_fn=decode, num_workers=workers)
+    blocks = [files[start:start + size] for start in starts]
+    loader = torch.utils.data.DataLoader(blocks, batch_size=None, collate_fn=decode, num_workers=workers)
     for start, images in zip(starts, loader):
         if isinstance(images, Exception):
             raise images
@@ -472,9 +473,10 @@ def measure(side, net, wanted, keep, batch=None, workers=None):
     exact = "cpu" if device.type == "mps" else device                                 # MPS has no float64
     moments = {metric: Moments(KEYS[metric][2], exact) for metric in wanted}
     pool = torch.zeros(side.count if keep else 0, POOL, device=device)
-    bar = tqdm(total=side.count, desc=side.path, unit="img", disable=rank > 0 or not sys.stderr.isatty())
+    bar = tqdm(side.batches(batch, rank, world, workers), total=-(-side.count // (batch * world)), unit="img",
+               unit_scale=batch * world, desc=side.path, disable=rank > 0 or not sys.stderr.isatty())
     try:
-        for start, images in side.batches(batch, rank, world, workers):
+        for start, images in bar:
             # the last batch is filled up: in a shorter one rounding would depend on the number of threads
             full = nnf.pad(images, (0, 0, 0, 0, 0, 0, 0, batch - len(images)))
             rows = {metric: x[:len(images)] for metric, x in zip(KEYS, features(net, full))}
@@ -482,10 +484,8 @@ def measure(side, net, wanted, keep, batch=None, workers=None):
                 moments[metric].add(rows[metric])
             if keep:
                 pool[start:start + len(images)] = rows["fid"]
-            bar.update(min(len(images) * world, side.count - bar.n))
     except ValueError as e:
         error = str(e)
-    bar.close()
     agree(error)
     for m in moments.values():
         m.reduce()
@@ -581,7 +581,7 @@ def parse(argv):
     add = parser.add_argument
     add("samples", metavar="SAMPLES", help="folder of images or .npz")
     add("reference", metavar="REFERENCE", nargs="?", help="the same")
-    add("--metrics", help="of fid,sfid,is,pr (default: all that the two allow)")
+    add("--metrics", type=lambda text: text.split(","), help="of fid,sfid,is,pr (default: all the two allow)")
     add("--save-stats", metavar="F.npz", help="write the statistics of SAMPLES")
     add("--weights", metavar="F", help="Inception weights: a file, or random (default: published, fetched)")
     add("--range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="of images stored as floats")
@@ -593,12 +593,12 @@ def parse(argv):
     args = parser.parse_args(argv)
     kind, _, index = args.device.partition(":")
     there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    low, high = args.range or (0, 1)
+    known, (low, high) = kind in there and (index or "0").isdecimal(), args.range or (0, 1)
     rules = [("batch", args.batch is None or args.batch >= 1, "must be at least 1"),
              ("workers", args.workers is None or args.workers >= 0, "must be 0 or more"),
              ("range", -np.inf < low < high < np.inf, "must be LOW HIGH"),
-             ("device", kind in there and (index or "0").isdigit(), "choose cpu, cuda, cuda:N or mps"),
-             ("device", kind not in there or there[kind] > int(index or 0), "not here: use cpu")]
+             ("device", known, "choose cpu, cuda, cuda:N or mps"),
+             ("device", known and there[kind] > int(index or 0), "not here: use cpu")]
     for name, fine, fix in rules:
         if not fine:
             value = vars(args)[name]
@@ -617,16 +617,14 @@ def main(argv=None):
             torch.cuda.set_device(device)
         if joins:
             dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-        metrics = args.metrics.split(",") if args.metrics else None
-        result = evaluate(args.samples, args.reference, metrics, device, args.batch, args.weights,
+        result = evaluate(args.samples, args.reference, args.metrics, device, args.batch, args.weights,
                           args.workers, args.save_stats, args.adm_half, args.range)
     except (ValueError, OSError) as e:
         if rank == 0:
             print(f"fid.py: {e}", file=sys.stderr)
         return 2
-    finally:
-        if joins and dist.is_initialized():
-            dist.destroy_process_group()
+    if joins:
+        dist.destroy_process_group()
     if rank == 0:
         for note in result["notes"]:
             print(f"note: {note}", file=sys.stderr)

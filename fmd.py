@@ -4,26 +4,29 @@
 A pretrained flow model (the teacher) makes a sample by integrating its velocity from noise to data: tens to
 hundreds of network evaluations. A flow map (the student) jumps along the same path in one. We distil one into
 the other without data: every training state is drawn from the prior, where all paths start, or predicted from
-there by the student itself, so no dataset can ask the teacher about states it never visits. Two signals do
-it. *Prediction*: the student's path must move with the teacher's velocity. *Correction*: where the student's
-samples, noised again, flow differently from the teacher's distribution, push them back.
+there by the student itself. (A dataset may hold states that the teacher's own paths never pass through.) Two
+signals do it. *Prediction*: the student's path must move with the teacher's velocity. *Correction*: where the
+student's samples, noised again, flow differently from the teacher's distribution, push them back.
 
 Time: t = 1 IS NOISE, t = 0 IS DATA. Velocities point in the generating direction, from noise to data.
 
-  symbol     in the code        meaning                                                           shape, range
-  z          z                  prior sample, standard normal                                     (B, ...)
-  y, ∅       y, null            class label, null label                                           (B,)
-  γ          gamma              guidance strength; 1 is none                                      (B,)
-  t          t                  time                                                              (B,), 0..1
-  δ          delta              integration duration, from the prior at t = 1 to t = 1 - δ        (B,), 0..1
-  u(x, t)    u                  teacher's velocity dx/d(1-t); E[x0 - n | x_t] on the linear path  like x
-  F(z, δ)    F                  student: average velocity over the first δ of the path            like z
-  f(z, δ)    flow_map(F, z, δ)  z + δ F(z, δ): where the path is after δ; f(z, 1) is the sample   like z
-  v_G        v_G                F + δ ∂F/∂δ: the student generates at this velocity               like z
-  I_r(x, n)  interpolate        (1 - r) x + r n: a sample x noised to time r with fresh noise n   like x
-  v_N(x, r)  v_N, g             velocity, towards data, of the student's noised samples           like x
-  Δ          residual           student's velocity minus the teacher's: v_G - u or v_N - u        like x
-  sg         .detach()          stop-gradient: Δ is a target; the loss moves F, not what F is compared with
+  symbol     in the code        meaning                                                         shape, range
+  z          z                  prior sample, standard normal                                   (B, ...)
+  y, ∅       y, null            class label, null label                                         (B,)
+  γ          gamma; gw          guidance strength, 1 is none; released name of its embedder     (B,)
+  t          t                  time                                                            (B,), 0..1
+  δ          delta; dt          duration, from the prior at t = 1 to t = 1 - δ; its embedder    (B,), 0..1
+  u(x, t)    u                  teacher's velocity dx/d(1-t)                                    like x
+  F(z, δ)    F                  student: average velocity over the first δ of the path          like z
+  f(z, δ)    flow_map(F, z, δ)  z + δ F(z, δ), the path after δ; the sample is x = f(z, 1)      like z
+  v_G        v_G                F + δ ∂F/∂δ: the student generates at this velocity             like z
+  n, r       n, r               fresh noise; the time to which a sample is noised with it       like z; (B,)
+  I_r(x, n)  interpolate        x_r = (1 - r) x + r n; with the teacher's x, u = E[x - n | x_r] like x
+  v_N(x, r)  v_N                with the student's x, E[x - n | x_r]: the velocity of these     like x
+  g(x, r)    g, "online"        network that learns v_N, as the student changes (paper: g_ψ)    like x
+  Δ          residual           student's velocity minus the teacher's: v_G - u or v_N - u      like x
+  w, λ       weighted, lam      weight of a sample; of correction against prediction            (B,); number
+  sg         .detach()          stop-gradient: Δ is held constant, the loss moves F alone
 
 Launch:
   python fmd.py                                              distil the bundled teacher (MNIST) on a laptop
@@ -49,6 +52,7 @@ import math
 import os
 import re
 import runpy
+import shutil
 import signal
 import sys
 import tempfile
@@ -71,8 +75,8 @@ HERE = Path(__file__).resolve().parent
 
 
 # -----------------------------------------------------------------------------------------------------------
-# 1. Settings. [paper]: the paper's. [ours]: our choice, see the README. A free setting may change when a run
-#    is resumed; the others are part of the mathematics.
+# 1. Settings. [paper]: the paper's. [ours]: our choice, see the README. A free setting may differ when a run
+#    is resumed; for the teacher, however it is named, stands a digest of what it computes (`fingerprint`).
 # -----------------------------------------------------------------------------------------------------------
 
 def setting(default, meaning, free=False):
@@ -235,8 +239,8 @@ def duration_derivative(F, z, delta, value=None, method="jvp", h=5e-3):
 
     jvp: forward mode, exact; the fused attention kernels have no forward derivative, so it takes the plain
     one. fd: backward difference, one evaluation where F(z, δ) is at hand; error O(h). Both its ends want
-    float32: bfloat16 rounds by 4e-3, as much as the step h itself. (For δ < h it looks past 0, where the
-    derivative's factor δ is ~0.)"""
+    float32: in bfloat16 F's rounding, 4e-3 of it, over h would be as large as F. (For δ < h it looks past 0,
+    where the derivative's factor δ is ~0.)"""
     if method == "fd":
         value = F(z, delta) if value is None else value
         return (value - F(z, delta - h)) / h
@@ -245,8 +249,8 @@ def duration_derivative(F, z, delta, value=None, method="jvp", h=5e-3):
 
 
 # -----------------------------------------------------------------------------------------------------------
-# 5. The objectives. Each gives a residual Δ, a velocity of the student minus the teacher's, and the student
-#    moves F against it: its loss has the gradient of <F, sg(w Δ)>.
+# 5. The objectives. Each gives a residual Δ, a velocity of the student minus the teacher's. The loss
+#    <F, sg(w Δ)> has the gradient w Δ in F: descent moves F against it, as |F - sg(F - w Δ)|²/2 would.
 # -----------------------------------------------------------------------------------------------------------
 
 def interpolate(x, n, r):
@@ -258,10 +262,10 @@ def prediction(F, u, z, delta, derivative=duration_derivative):
     """Prediction (paper, Eq. 7 to 9) -> F(z, δ), with gradient, and Δ_G = v_G - u(f(z, δ), 1 - δ).
 
     A perfect student has δ F(z, δ) = ∫ u along the path. Take the derivative in δ:
-    F + δ ∂F/∂δ = u(f, 1 - δ), it generates at the velocity the teacher has where the *student* is.
+    F + δ ∂F/∂δ = u(f, 1 - δ). The student's velocity is the teacher's, at the *student's* own point.
     z (B, ...), delta (B,)."""
     average = F(z, delta)                                                             # (B, ...)
-    with torch.no_grad():                                                             # sg: all else is target
+    with torch.no_grad():                                                             # sg: Δ is constant
         f = z + expand(delta, z) * average
         v_G = average + expand(delta, z) * derivative(F, z, delta, average)
         return average, v_G - u(f, 1 - delta)
@@ -271,10 +275,10 @@ def correction(F, u, g, z, n, r):
     """Correction (paper, Eq. 10 and 11) -> F(z, 1), with gradient, Δ_N = v_N - u at noised samples, and g's
     loss.
 
-    Moving samples along -Δ_N lowers the KL divergence of the student's distribution from the teacher's, both
-    noised to time r. v_N has no formula: g(x, r) learns it online, by flow matching on the student's own
-    samples, and one call of g serves as v_N, detached, and for that loss. z and fresh noise n (B, ...), r
-    (B,)."""
+    Δ_N is r / (1 - r) times the student's score minus the teacher's, both noised to time r: moving samples
+    along -Δ_N lowers the KL divergence of the student's distribution from the teacher's. v_N has no formula:
+    g(x, r) learns it online, by flow matching on the student's own samples, and one call of g serves as v_N,
+    detached, and for that loss. z and fresh noise n (B, ...), r (B,)."""
     average = F(z, torch.ones_like(r))                                                # (B, ...)
     x = (z + average).detach()                                                        # f(z, 1): g's data
     x_r = interpolate(x, n, r)                                                        # (B, ...)
@@ -348,7 +352,7 @@ def teacher_of(velocity, null, y, gamma, interval=(0, 1)):
 
 
 def student_of(velocity, y, gamma):
-    """-> F(z, δ). The network's time stays at the prior; δ and γ have embedders of their own."""
+    """-> F(z, δ). The network's time stays at the prior; δ and γ have embedders of their own: dt, gw."""
     return lambda z, delta: velocity(z, torch.ones_like(delta), y, dt=delta, gw=gamma)
 
 
@@ -360,8 +364,8 @@ def online_of(velocity, y, gamma):
 def objectives(v, null, s, pred, corr):
     """The objectives on draws of the prior for each -> F (B, ...), Δ_G, Δ_N and g's loss (0 without it).
 
-    v: velocities of "teacher", "student" and "online", and for the derivative of "bare": the student's own
-    weights, in float32 where the derivative is a difference."""
+    v: velocity_of the "teacher", the "student", "online", and "bare": the student again, for the derivative,
+    neither wrapped nor compiled, and in float32 where it is a difference."""
     P, C = len(pred["y"]), len(corr["y"])
     z, y, gamma = (torch.cat([pred[name], corr[name]]) for name in ("z", "y", "gamma"))
     # F and g see γ itself; the teacher's ends with its interval in prediction, with the cut in correction
@@ -386,7 +390,7 @@ def objectives(v, null, s, pred, corr):
 
 
 def batch_losses(v, null, s, pred, corr, mean=torch.mean):
-    """The losses on draws of the prior, taken backward -> what to log, tensors. v, null: see objectives."""
+    """Both losses on draws of the prior, and their gradients -> what to log. v, null: see objectives."""
     average, G, N, online_loss = objectives(v, null, s, pred, corr)
     if len(N):
         online_loss.backward()
@@ -438,11 +442,13 @@ def training_step(v, null, parts, s, step, draws, halted, mean=torch.mean, losse
 # -----------------------------------------------------------------------------------------------------------
 
 def join(s):
-    """Join the processes torchrun started, if any -> rank, world size, device."""
-    local, world = (int(os.environ.get(*name)) for name in (("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    """Join the processes torchrun started, if any, and set up the device -> rank, world size, device."""
+    local, world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device(f"cuda:{local}" if s.device == "cuda" else s.device)
     if world > 1 and ":" in s.device:
         raise ValueError(f"--device {s.device}: {world} processes need a GPU each: use --device cuda")
+    if s.device == "cuda" and local >= torch.cuda.device_count():
+        raise ValueError(f"--device cuda: {torch.cuda.device_count()} here: --nproc_per_node at most that")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         # tensor cores for float32 too; a finite difference would drown in their rounding
@@ -453,8 +459,8 @@ def join(s):
 
 
 def mean_of_all(values):
-    """The mean over all processes, each of which holds as many values."""
-    value = values.float().mean()
+    """The mean over the values of all processes, which hold the same number each."""
+    value = values.detach().float().mean()
     if dist.is_initialized():
         dist.all_reduce(value)
     return value / processes()[1]
@@ -482,17 +488,16 @@ def load_net(path, flag, s, device, student=False):
             size, patch = s.model.removeprefix("SiT-").split("/")
             torch.manual_seed(s.seed)
             net, info = sit.SiT(shape, *sit.SIZES[size], int(patch), classes, dt=student, gw=student), {}
-            for p in net.parameters():                         # adaLN-Zero starts at 0 and would stay there
+            for p in net.parameters():                         # adaLN-Zero starts at 0, and would say 0
                 p.data.add_(0.02 * torch.randn_like(p)) if p.requires_grad else None
         else:
             bundled = not Path(path).exists() and (HERE / path).exists()   # found from any working directory
             net, info = sit.load(HERE / path if bundled else sit.fetch(path))
     except ValueError as e:
         raise ValueError(f"{flag} {e}") from None
-    if s.convention != "auto":
-        info["convention"] = s.convention
-    convention, known = info.setdefault("convention", "sit"), info.setdefault("gamma", [0.0, math.inf])
-    works = tuple(net.config["shape"])
+    told = {} if s.convention == "auto" else {"convention": s.convention}
+    info = {"convention": "sit", "gamma": [0.0, math.inf], **info, **told}
+    convention, known, works = info["convention"], info["gamma"], tuple(net.config["shape"])
     held, wanted = ("teacher (no", "student") if student else ("student (with", "teacher")
     rules = [(convention in list(CONVENTIONS), f"convention {convention!r} is none of {list(CONVENTIONS)}"),
              (works[0] != 4 if s.res == 28 else works == shape,
@@ -527,7 +532,7 @@ def first_of_machine(load):
     try:
         return load()
     finally:
-        if not others:
+        if not others:                                       # also on failure: then the others fail alike
             wait()
 
 
@@ -536,9 +541,9 @@ def relative(teacher, **embedders):
     net = sit.SiT(**{**teacher.config, "learn_sigma": False, **embedders})
     weights = teacher.state_dict()
     if teacher.config["learn_sigma"]:                               # of the read-out keep the velocity's half
-        pixels, channels = teacher.config["patch"] ** 2, teacher.config["shape"][0]
-        keep = torch.arange(2 * channels * pixels).view(pixels, 2 * channels)[:, :channels].reshape(-1)
-        weights |= {k: v[keep] for k, v in weights.items() if k.startswith("final_layer.linear.")}
+        halves = (-1, 2, teacher.config["shape"][0])                # by pixel: velocity's channels, sigma's
+        weights |= {k: v.unflatten(0, halves)[:, 0].flatten(0, 1) for k, v in weights.items()
+                    if k.startswith("final_layer.linear.")}
     net.load_state_dict({**net.state_dict(), **weights})
     return net.to(teacher.pos_embed.device)
 
@@ -567,7 +572,7 @@ def velocities(teacher, parts, convention, s):
     # the derivative needs no gradient, hence no DDP; forward mode does not go through a compiled network
     bf16 = {name: s.bf16 and (name != "bare" or s.derivative == "jvp") for name in nets}
     return ({name: velocity_of(net, convention, bf16[name]) for name, net in nets.items()},
-            lambda name: nets[name].no_sync() if several else contextlib.nullcontext())
+            lambda name, more: nets[name].no_sync() if several and more else contextlib.nullcontext())
 
 
 def losses_in_pieces(v, null, s, pred, corr, mean, hold):
@@ -581,7 +586,7 @@ def losses_in_pieces(v, null, s, pred, corr, mean, hold):
               for i in range(count)]
     graphless, targets = {**v, "student": torch.no_grad()(v["student"])}, []
     for i, piece in enumerate(pieces):
-        with hold("online") if i + 1 < count else contextlib.nullcontext():
+        with hold("online", i + 1 < count):
             average, G, N, online_loss = objectives(graphless, null, s, *piece)
             if len(N):
                 (online_loss / count).backward()
@@ -595,7 +600,7 @@ def losses_in_pieces(v, null, s, pred, corr, mean, hold):
     for i, ((pred, corr), average) in enumerate(zip(pieces, averages)):
         z, y, gamma = (torch.cat([pred[name], corr[name]]) for name in ("z", "y", "gamma"))
         delta = torch.cat([pred["delta"], torch.ones_like(corr["gamma"])])
-        with hold("student") if i + 1 < count else contextlib.nullcontext():
+        with hold("student", i + 1 < count):
             student_of(v["student"], y, gamma)(z, delta).backward(average.grad)
     return to_log(G, N, online_loss, lam, mean)
 
@@ -617,20 +622,27 @@ def fingerprint(net, convention):
     return digest.hexdigest()[:16]
 
 
+def save(path, state):
+    """torch.save, whole or not at all. Raises OSError."""
+    try:
+        write(path, lambda f: torch.save(state, f))
+    except RuntimeError as e:                                    # what torch.save makes of a full disk
+        raise OSError(f"{path}: cannot be written ({sit.reason(e.__context__ or e)})") from None
+
+
 def save_checkpoint(s, parts, done, teacher):
     """ckpt.pt, whole or not at all; the one before stays as ckpt.prev.pt."""
     state = {name: part.state_dict() for name, part in parts.items()}
     state |= {"step": done, "settings": {**dataclasses.asdict(s), "teacher": teacher}, "format": 3}
     new, last = s.folder / "ckpt.new.pt", s.folder / "ckpt.pt"
     try:
-        write(new, lambda f: torch.save(state, f))
+        save(new, state)
         if last.exists():
             os.replace(last, s.folder / "ckpt.prev.pt")
         os.replace(new, last)
-    except (OSError, RuntimeError) as e:                         # torch.save may turn the one into the other
-        raise OSError(f"--out {s.folder}: ckpt.pt of step {done} cannot be saved "
-                      f"({sit.reason(e.__context__ or e)}); the last one is untouched: make room and type "
-                      "the same command again") from None
+    except OSError as e:
+        raise OSError(f"--out {s.folder}: ckpt.pt of step {done} cannot be saved ({e}); the last one is "
+                      "untouched: make room and type the same command again") from None
 
 
 def load_checkpoint(path, parts):
@@ -671,7 +683,11 @@ def resume(s, parts, teacher, say):
         differ = [f"{name} {plain(there.get(name))} there, {plain(here[name])} here"
                   for name in fixed if there.get(name) != here[name]]
         if differ:
-            raise ValueError(f"--out {s.folder}: a run with {'; '.join(differ)}; name another folder")
+            raise ValueError(f"--out {s.folder}: a run with {'; '.join(differ)}; type it as it was or name "
+                             "another folder")
+        if ckpt["step"] > s.steps:
+            raise ValueError(f"--steps {s.steps}: the run in {s.folder} has done {ckpt['step']}; give more "
+                             "or name another --out")
         if faults:                           # ckpt.pt: put aside, or the next save would keep it as prev
             say(f"{faults[0]}, now ckpt.damaged.pt; going on from {path}")
             if processes()[0] == 0:
@@ -685,7 +701,8 @@ def resume(s, parts, teacher, say):
 def trim(log, done):
     """Of metrics.jsonl keep the whole lines up to a step."""
     lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-    kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= done]
+    steps = [re.fullmatch(r'\{"step": (\d+), .*\}\n', line) for line in lines]
+    kept = [line for line, step in zip(lines, steps) if step and int(step[1]) <= done]
     write(log, lambda f: f.write("".join(kept).encode()))
 
 
@@ -703,25 +720,26 @@ def flops(config, s, rows):
     return rows * forward * (5 + (1 - share) * derivative + share * 3)
 
 
-# dense bfloat16 FLOP/s by the name torch.cuda gives the device [NVIDIA's data sheets]
+# dense bfloat16 FLOP/s by the name torch.cuda gives the device [NVIDIA's data sheets, SXM where there is one]
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 
 
 @contextlib.contextmanager
 def heeded():
-    """Signals to stop -> the list of those that came. The first is to be heeded after the step, a second acts
-    at once."""
+    """Signals to stop -> the list of those that came, to be heeded after the step. A second Ctrl-C acts at
+    once."""
     came = []
 
     def heed(number, _):
         came.append(signal.Signals(number).name)
-        for each in before:
-            signal.signal(each, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)     # not SIGTERM: Slurm sends one, torchrun another
 
     before = {number: signal.signal(number, heed) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield came
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def read_terms(pending, names, s, done):
@@ -750,10 +768,10 @@ def train(s):
     convention, shape = info["convention"], teacher.config["shape"]
     classes = null = teacher.config["classes"]                       # labels are 0 to null - 1
     make_folder(s.folder)
-    say = (lambda text: tqdm.write(text, file=sys.stdout)) if rank == 0 else lambda text: None
+    say = tqdm.write if rank == 0 else lambda text: None
     parts, identity = build(teacher, s), fingerprint(teacher, convention)
     first = resume(s, parts, identity, say)
-    if anywhere(mean_of_all(torch.tensor(float(first), device=device)).item() != first):
+    if anywhere(abs(mean_of_all(torch.tensor(first, device=device)).item() - first) > 0.4):
         raise ValueError(f"--out {s.folder}: processes see different checkpoints; name a folder all share")
     v, hold = velocities(teacher, parts, convention, s)
     losses = functools.partial(losses_in_pieces, hold=hold) if s.micro_batch else batch_losses
@@ -764,12 +782,12 @@ def train(s):
     if rank == 0:
         trim(log, first)
         truth = reference(teacher, convention, s, device)
-    peak = next((f for name, f in PEAK.items() if device.type == "cuda"
-                 and name in torch.cuda.get_device_name(device)), None)
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = next((f for name, f in PEAK.items() if name in card), None)
 
     quiet = rank > 0 or not sys.stderr.isatty()                      # plain lines when piped
     halted, pending = torch.zeros((), device=device), []
-    clock, since, done, stop = time.perf_counter(), first, first, False
+    clock, since, stop = time.perf_counter(), first, False
     with heeded() as signals:
         for step in tqdm(range(first, s.steps), initial=first, total=s.steps, disable=quiet):
             draws = [to_device(prior(shape, classes, s, step, part, rank, world), device)
@@ -790,6 +808,7 @@ def train(s):
                         "lr": s.lr * learning_rate(step, s), "images_per_s": round(s.batch / seconds, 2)}
                 if peak:
                     line["mfu"] = round(flops(teacher.config, s, s.batch / world) / seconds / peak, 4)
+                if card:
                     line["peak_gb"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
                 if evaluated:
                     line |= compare(parts["ema"], convention, truth)[0]
@@ -797,7 +816,7 @@ def train(s):
                     f.write(json.dumps(line) + "\n")
                 if quiet or evaluated:
                     left = datetime.timedelta(seconds=round(seconds * (s.steps - done)))
-                    say("  ".join(f"{k} {value:.4g}" for k, value in line.items())
+                    say("  ".join(f"{k} {value:.6g}" for k, value in line.items())
                         + f"  ms/step {1e3 * seconds:.0f}  left {left}")
             if rank == 0 and (saved or stop):
                 save_checkpoint(s, parts, done, identity)
@@ -818,14 +837,13 @@ def export(path, net, info=None):
     """A student in the released layout: the names of FreeFlow's files; with info, our own file's dict around
     it, which says the convention as well."""
     state = sit.released_names(net.state_dict())
-    write(path, lambda f: torch.save({"ema": state, "config": net.config, **info} if info else state, f))
+    save(path, {"ema": state, "config": net.config, **info} if info else state)
 
 
 def to_device(draws, device):
     """CPU tensors to the device, without waiting for it."""
-    if device.type == "cuda":
-        draws = {name: value.pin_memory() for name, value in draws.items()}
-    return {name: value.to(device, non_blocking=True) for name, value in draws.items()}
+    return {name: (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)
+            for name, value in draws.items()}
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -833,7 +851,7 @@ def to_device(draws, device):
 # -----------------------------------------------------------------------------------------------------------
 
 def chunk(shape):
-    """Samples computed at a time, always: so sample i is the same to the bit, however many follow it."""
+    """Samples computed at a time by --sample and --rollout: sample i is the same to the bit, whatever N."""
     return 64 if math.prod(shape) <= 1024 else 16
 
 
@@ -849,10 +867,10 @@ def generate(make, count, seed, shape, labels, device, rank=0, world=1, size=Non
     starts = range(rank * size, count, world * size)
     for start in tqdm(starts, desc="sampling", leave=False, disable=rank > 0 or not sys.stderr.isatty()):
         i = range(start, start + size)
-        z, y = noise(seed, i, shape), torch.tensor([labels[j % len(labels)] for j in i])
-        z = pick(z.to(device), y.to(device), i) if pick else z
-        x = make(z.to(device), y.to(device))
-        yield start, z[:count - start], y[:count - start], x[:count - start]
+        y = torch.tensor([labels[j % len(labels)] for j in i], device=device)
+        z = noise(seed, i, shape).to(device)
+        z = pick(z, y, i) if pick else z
+        yield start, *(a[:count - start] for a in (z, y, make(z, y)))
 
 
 def one_step(net, convention, gamma):
@@ -870,9 +888,9 @@ def many_steps(net, convention, gamma, steps, solver, interval=(0, 1), bf16=Fals
     velocity, null = velocity_of(net, convention, bf16), net.config["classes"]
 
     def make(z, y):
-        u = teacher_of(velocity, null, y, torch.full((len(z),), float(gamma), device=z.device), interval)
+        u = teacher_of(velocity, null, y, z.new_full((len(z),), gamma), interval)
         return rollout(u if gamma != 1 else lambda x, t: velocity(x, t, y), z, steps, solver)
-    return torch.no_grad()(make)
+    return make
 
 
 def evaluations(steps, solver, gamma):
@@ -913,9 +931,9 @@ def best_of(tries, make, score, seed):
 def moments(x):
     """(N, C, H, W) -> mean and covariance, in float64, of the raw pixels; above 1,024 numbers a sample, where
     few samples say little, of 8 x 8 averages."""
-    x = x.flatten(1) if x[0].numel() <= 1024 else nnf.adaptive_avg_pool2d(x, 8).flatten(1)
+    x = (x if x[0].numel() <= 1024 else nnf.adaptive_avg_pool2d(x, 8)).flatten(1)
     m = Moments(x.shape[1])
-    m.add(x.cpu().numpy())
+    m.add(x)
     return m.mean_cov()
 
 
@@ -923,7 +941,7 @@ def timed(make, count, seed, shape, labels, device):
     """-> z, y, x (count, ...) on the CPU, ms per sample."""
     clock, size = time.perf_counter(), min(count, chunk(shape))
     made = generate(make, count, seed, shape, labels, device, size=size)
-    rows = [(z, y, x.float().cpu()) for _, z, y, x in made]
+    rows = [[a.cpu() for a in row] for _, *row in made]
     ms = 1e3 * (time.perf_counter() - clock) / (size * len(rows))
     return *map(torch.cat, zip(*rows)), ms
 
@@ -962,9 +980,10 @@ def to_uint8(x, decoder=None):
     return (127.5 * x + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def picture(rows, names, header=(), zoom=2):
-    """Rows of uint8 tiles (n, H, W, C) -> a PIL image, each row with its name at the left, header above."""
-    side, left, top = rows[0].shape[1] * zoom + 2, 8 + 7 * max(map(len, names)), 18 if header else 0
+def save_picture(path, rows, names, header=()):
+    """Rows of uint8 tiles (n, H, W, C) -> a PNG, each row with its name at the left, header above."""
+    zoom, left, top = 2 if rows[0].shape[1] <= 64 else 1, 8 + 7 * max(map(len, names)), 18 if header else 0
+    side = rows[0].shape[1] * zoom + 2
     image = Image.new("RGB", (left + len(rows[0]) * side, top + len(rows) * side), "white")
     pen = ImageDraw.Draw(image)
     for j, text in enumerate(header, start=-1):                      # the first names the column of names
@@ -974,30 +993,27 @@ def picture(rows, names, header=(), zoom=2):
         for j, tile in enumerate(row):
             tile = Image.fromarray(tile.squeeze(-1) if tile.shape[-1] == 1 else tile)
             image.paste(tile.resize((side - 2, side - 2), Image.NEAREST), (left + j * side, top + i * side))
-    return image
+    write(path, lambda f: image.save(f, "PNG"))
 
 
 @torch.no_grad()
 def report(teacher, ema, convention, s, truth, decoder):
     """samples.png, path.png, the closing table, and what to do next."""
     metrics, x, ms = compare(ema, convention, truth)
-    pairs = [[to_uint8(a[i:i + 10], decoder) for a in (truth["x"], x)] for i in range(0, min(20, len(x)), 10)]
-    names = [f"teacher, {truth['steps']} Heun steps", "student, 1 step"] * len(pairs)
-    zoom = 2 if pairs[0][0].shape[1] <= 64 else 1
-    image = picture([row for pair in pairs for row in pair], names, zoom=zoom)
-    write(s.folder / "samples.png", lambda f: image.save(f, "PNG"))
+    rows = [to_uint8(a[i:i + 10], decoder) for i in range(0, min(20, len(x)), 10) for a in (truth["x"], x)]
+    names = [f"teacher, {truth['steps']} Heun steps", "student, 1 step"] * 2
+    save_picture(s.folder / "samples.png", rows, names)
 
-    device, few = ema.pos_embed.device, min(1 if decoder else 3, len(x))
-    z, y = truth["z"][:few].to(device), truth["y"][:few].to(device)
-    every = 2 if decoder is None else 4                              # decoding takes longer than the network
-    gamma, deltas = torch.full((few,), truth["gamma"], device=device), [i / 16 for i in range(0, 17, every)]
+    few, every = (3, 2) if decoder is None else (1, 4)               # decoding takes longer than the network
+    z, y = (truth[name][:few].to(ema.pos_embed.device) for name in ("z", "y"))
+    gamma, deltas = z.new_full((len(z),), truth["gamma"]), [i / 16 for i in range(0, 17, every)]
     u = teacher_of(velocity_of(teacher, convention), teacher.config["classes"], y, gamma, s.interval)
     F = student_of(velocity_of(ema, convention), y, gamma)
-    paths = rollout(u, z, 16, "heun", path=True)[::every]                    # (len(deltas), few, C, H, W)
+    paths = rollout(u, z, 16, path=True)[::every]                            # (len(deltas), few, C, H, W)
     maps = torch.stack([flow_map(F, z, torch.full_like(gamma, d)) for d in deltas])
-    rows = [to_uint8(a[:, i], decoder) for i in range(few) for a in (paths, maps)]
-    path = picture(rows, ["teacher's path", "student's map"] * few, ["duration", *map(str, deltas)], zoom)
-    write(s.folder / "path.png", lambda f: path.save(f, "PNG"))
+    rows = [to_uint8(a[:, i], decoder) for i in range(len(z)) for a in (paths, maps)]
+    names, header = ["teacher's path", "student's map"] * few, ["duration", *map(str, deltas)]
+    save_picture(s.folder / "path.png", rows, names, header)
 
     print(f"\n{len(x)} samples, γ = {truth['gamma']:g}      NFE  ms/image  endpoint error  Frechet distance")
     name, nfe = f"teacher, Heun {truth['steps']}", evaluations(truth["steps"], "heun", truth["gamma"])
@@ -1046,6 +1062,9 @@ def sample(s, args):
     make_folder(s.folder)
     side, channels = (shape[1], shape[0]) if decoder is None else (8 * shape[1], 3)
     npz, raw = s.folder / f"{name}.npz", s.folder / f".{name}.npy.tmp"
+    need = 2 * count * side * side * channels                            # the mapped file, then the npz
+    if shutil.disk_usage(s.folder).free < need:
+        raise ValueError(f"--out {s.folder}: needs {need / 2 ** 30:.1f} GiB for a while; name another folder")
     try:
         if rank == 0:
             np.lib.format.open_memmap(raw, "w+", np.uint8, (count, side, side, channels))
@@ -1060,7 +1079,7 @@ def sample(s, args):
             y = np.array([labels[i % len(labels)] for i in range(count)])
             write(npz, lambda f: np.savez(f, arr_0=x, arr_1=y))              # streams x from the mapped file
             rows = [x[i:i + 10] for i in range(0, min(100, count), 10)]
-            write(s.folder / f"{name}-grid.png", lambda f: picture(rows, [""] * len(rows)).save(f, "PNG"))
+            save_picture(s.folder / f"{name}-grid.png", rows, [""] * len(rows))
             spent = f" ({args.search * cost} to choose among {args.search} noises)" if args.search else ""
             print(f"{count} samples of {path}, {nfe} NFE{spent}, {ms:.2f} ms each")
             print(f"In {s.folder}: {npz.name}  {name}-grid.png")
@@ -1085,9 +1104,7 @@ def searcher(s, args, teacher, convention, student, info, decoder):
     try:
         score = runpy.run_path(args.scorer)["score"]
     except Exception as e:                                           # whatever the user's file may raise
-        reason = (str(e).splitlines() or [""])[0]
-        fault = f"no score(x, y) to be had ({type(e).__name__}: {reason})"
-        raise ValueError(f"--scorer {args.scorer}: {fault}") from None
+        raise ValueError(f"--scorer {args.scorer}: no score(x, y) to be had ({sit.reason(e)})") from None
     return best_of(args.search, one, lambda x, y: score(decoded(x, decoder).clamp(-1, 1), y), s.seed), 1
 
 
@@ -1168,20 +1185,18 @@ def parse(argv):
     group.add_argument("--eval", metavar="REF", help="then FID, sFID, IS, P/R of the samples against REF")
     group.add_argument("--inception", metavar="F", help="of --eval: Inception's weights, or random")
     args = parser.parse_args(argv)
-    given = {f.name: vars(args)[f.name] for f in dataclasses.fields(Settings) if f.name in vars(args)}
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(args).items() if hasattr(Settings, k)}
     s = Settings(**{**PRESETS.get(given.get("res", 28), {}), **given})
     tasks = [name for name in ("sample", "rollout", "export", "dry_run") if vars(args)[name]]
     makes = {"sample", "rollout"}
     users = {"ckpt": {"sample", "export", "search"}, "guidance": makes, "labels": makes,
              "solver": {"rollout"}, "rollout_steps": {"rollout"}, "search": {"rollout"},
-             "scorer": {"search"}, "eval": makes}
-    present = {*tasks, "search"} if args.search else set(tasks)
+             "scorer": {"search"}, "eval": makes, "inception": {"eval"}}
+    present = {name for name, value in vars(args).items() if value}
     rules = [*((name, vars(args)[name] is None or vars(args)[name] >= 1, "must be at least 1")
                for name in ("sample", "rollout", "rollout_steps", "search")),
              *((name, name == tasks[0], f"not both: --{tasks[0]} is given") for name in tasks),
              ("solver", args.solver in ("heun", "euler"), "choose heun or euler"),
-             ("inception", not args.inception or args.eval, "goes with --eval"),
              ("guidance", args.guidance >= 0 and math.isfinite(args.guidance), "must be 0 or more"),
              *((name, vars(args)[name] == parser.get_default(name) or users[name] & present,
                 "goes with " + " or ".join(f"--{task}" for task in sorted(users[name]))) for name in users)]
@@ -1229,8 +1244,7 @@ def main(argv=None):
         else:
             train(s)
     except (ValueError, OSError, FloatingPointError) as e:
-        if os.environ.get("RANK", "0") == "0" or not isinstance(e, ValueError):     # all ranks refuse alike
-            print(f"fmd.py: {e}", file=sys.stderr)
+        print(f"fmd.py: {e}", file=sys.stderr)      # by every process it happens to: perhaps not by rank 0
         return 1 if isinstance(e, FloatingPointError) else 2        # and torchrun ends the others
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -409,7 +409,7 @@ def from_state_dict(state, heads=None):
     except (KeyError, ValueError, IndexError, ZeroDivisionError, TypeError, AttributeError) as e:
         raise ValueError(f"not a SiT: its tensors lack or misshape what tells the size ({e})") from None
     heads = heads or next((h for d, w, h in SIZES.values() if (d, w) == (depth, width)), None)
-    if heads is None or width % heads or width % 4 or depth > 1000:
+    if not isinstance(heads, int) or heads < 1 or width % heads or width % 4 or depth > 1000:
         raise ValueError(f"cannot tell the heads of depth {depth}, width {width}; given: {heads}")
     with torch.device("meta"):                                   # shapes only: the weights come from the file
         net = SiT((channels, side, side), depth, width, heads, patch, classes, outputs == 2 * channels,
@@ -419,18 +419,15 @@ def from_state_dict(state, heads=None):
 
 def read_file(path):
     """torch.load that executes nothing from the file. Tensors are mapped, not copied, where the format
-    allows: what is not used is not read, and processes share the rest. Raises ValueError naming the path."""
+    allows: what is not used takes no memory, processes share the rest. Raises ValueError naming the path."""
     if Path(path).suffix == ".safetensors":
         raise ValueError(f"{path}: safetensors files are not read: take the .bin or .pt of the same release")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):     # SiT's train.py saves its flags
             mmap = zipfile.is_zipfile(path)
-            damaged = zipfile.ZipFile(path).testzip() if mmap else None         # torch compares no checksums
-            if damaged:
-                raise ValueError(f"the checksum of {damaged} is wrong")
+            if mmap and zipfile.ZipFile(path).testzip():                        # torch compares no checksums
+                raise ValueError("a checksum is wrong")
             return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mmap)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
     except Exception as e:      # a damaged zip or pickle raises a dozen types; all of them mean the same here
         raise ValueError(f"{path}: not a checkpoint ({reason(e)})") from None
 
@@ -446,16 +443,12 @@ def load(path, heads=None):
     try:
         if not isinstance(file, dict):
             raise ValueError(f"holds a {type(file).__name__}, not a dict of tensors")
-        state, config = file.get("ema", file), file.get("config", {})
-        if not (isinstance(state, dict) and isinstance(config, dict)):
-            raise ValueError("'ema' and 'config' must be dicts")
-        repa = any(str(key).startswith("projectors.") for key in state)
-        heads = heads or config.get("heads")
-        if not (heads is None or (isinstance(heads, int) and heads > 0)):
-            raise ValueError(f"config says heads = {heads!r}")
+        state = file.get("ema", file)
+        net = from_state_dict(state, heads or file.get("config", {}).get("heads"))
+        repa = any(key.startswith("projectors.") for key in state)
         info = {k: v for k, v in file.items() if k != "ema"} if state is not file else {}
-        return from_state_dict(state, heads), {"convention": "repa" if repa else "sit", **info}
-    except (ValueError, AttributeError) as e:
+        return net, {"convention": "repa" if repa else "sit", **info}
+    except (ValueError, AttributeError) as e:                      # the second: something else for a dict
         raise ValueError(f"{path}: {e}") from None
 
 
