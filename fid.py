@@ -452,7 +452,8 @@ def agree(error):
 
 
 def write(path, save):
-    """A file whole or not at all: save(file object) into a temporary beside it, fsync, rename."""
+    """A file whole or not at all: save(file object) into a temporary beside it, fsync, rename. Raises OSError
+    naming the file."""
     temporary = Path(path).with_name(f".{Path(path).name}.tmp")     # one left by a kill: overwritten later
     try:
         with open(temporary, "wb") as f:
@@ -460,6 +461,8 @@ def write(path, save):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:                # torch.save makes the second of the first
+        raise OSError(f"{path}: cannot be written ({e.__context__ or e})") from e
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -622,21 +622,13 @@ def fingerprint(net, convention):
     return digest.hexdigest()[:16]
 
 
-def save(path, state):
-    """torch.save, whole or not at all. Raises OSError."""
-    try:
-        write(path, lambda f: torch.save(state, f))
-    except RuntimeError as e:                                    # what torch.save makes of a full disk
-        raise OSError(f"{path}: cannot be written ({sit.reason(e.__context__ or e)})") from None
-
-
 def save_checkpoint(s, parts, done, teacher):
     """ckpt.pt, whole or not at all; the one before stays as ckpt.prev.pt."""
     state = {name: part.state_dict() for name, part in parts.items()}
     state |= {"step": done, "settings": {**dataclasses.asdict(s), "teacher": teacher}, "format": 3}
     new, last = s.folder / "ckpt.new.pt", s.folder / "ckpt.pt"
     try:
-        save(new, state)
+        write(new, lambda f: torch.save(state, f))
         if last.exists():
             os.replace(last, s.folder / "ckpt.prev.pt")
         os.replace(new, last)
@@ -837,7 +829,7 @@ def export(path, net, info=None):
     """A student in the released layout: the names of FreeFlow's files; with info, our own file's dict around
     it, which says the convention as well."""
     state = sit.released_names(net.state_dict())
-    save(path, {"ema": state, "config": net.config, **info} if info else state)
+    write(path, lambda f: torch.save({"ema": state, "config": net.config, **info} if info else state, f))
 
 
 def to_device(draws, device):

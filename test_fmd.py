@@ -11,6 +11,7 @@ import pickle
 import re
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -1191,6 +1192,7 @@ BAD_FID = [
     (["array.npz", "other.npz", "--workers", "-1"], "--workers -1"),
     (["array.npz", "other.npz", "--device", "tpu"], "--device tpu: choose"),
     (["array.npz", "other.npz", "--device", "cuda:99"], "--device cuda:99: not here"),
+    (["array.npz", "other.npz", "--device", "cuda:x"], "--device cuda:x: choose"),
     (["array.npz", "other.npz", "--save-stats", "no/x.npz"], "--save-stats no/x.npz: not a file in an"),
     (
         ["stats.npz", "other.npz", "--save-stats", "x.npz"],
@@ -1867,7 +1869,8 @@ def test_a_signal_finishes_the_step_and_saves(work, monkeypatch, capsys, number)
 
     def step(v, null, parts, s, step, *a):
         if step == 1:
-            os.kill(os.getpid(), number)
+            for _ in range(1 + (number == signal.SIGTERM)):  # Slurm and torchrun each send one
+                os.kill(os.getpid(), number)
         return real(v, null, parts, s, step, *a)
 
     monkeypatch.setattr(fmd, "training_step", step)
@@ -2029,6 +2032,45 @@ def test_a_full_disk_leaves_the_last_checkpoint(work, capsys):
     assert logged("o/metrics.jsonl") == [1, 2, 3, 4]
 
 
+def test_a_full_disk_is_told_before_sampling_and_at_export(work, capsys, monkeypatch):
+    assert run(*SMALL, "--steps", 1, "--out", "o") == 0
+    before = sorted(Path().rglob("*"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+        assert run("--export", "e.pt", "--ckpt", "o/student.pt") == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "e.pt: cannot be written" in error
+    free = 2 * 10 * 64  # of 11 digits of 8 x 8, twice
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: argparse.Namespace(free=free))
+    assert run("--sample", 11, "--ckpt", "o/student.pt", "--device", "cpu", "--out", "o") == 2
+    assert re.search(r"--out o: needs .* GiB", capsys.readouterr().err)
+    assert sorted(Path().rglob("*")) == before
+    assert run("--sample", 10, "--ckpt", "o/student.pt", "--device", "cpu", "--out", "o") == 0
+
+
+def test_a_torn_log_is_mended(work):
+    """The log is not synced at every line: after power is lost its end may be anything."""
+    assert run(*SMALL, "--steps", 3, "--out", "o") == 0
+    with open("o/metrics.jsonl", "a") as f:
+        f.write('{"step": 4, "pred\n' + "\0" * 40 + "\n" + '{"step": 4, "prediction": 1}\n{"step": 2')
+    assert run(*SMALL, "--steps", 4, "--out", "o") == 0
+    assert logged("o/metrics.jsonl") == [1, 2, 3, 4]
+    assert all("lr" in json.loads(line) for line in open("o/metrics.jsonl"))
+
+
+def test_fewer_steps_than_are_done_are_refused(work, capsys):
+    assert run(*SMALL, "--steps", 3, "--out", "o") == 0
+    assert run(*SMALL, "--steps", 3, "--out", "o") == 0  # a finished run, typed again
+    student = Path("o/student.pt").read_bytes()
+    capsys.readouterr()
+    assert run(*SMALL, "--steps", 2, "--out", "o") == 2
+    assert "--steps 2: the run in o has done 3" in capsys.readouterr().err
+    assert Path("o/student.pt").read_bytes() == student
+
+
 def test_another_teacher_is_refused_by_its_content(work, capsys):
     assert run(*SMALL, "--steps", 1, "--out", "o") == 0
     Path("elsewhere").mkdir()
@@ -2117,6 +2159,8 @@ def test_export_reads_back_to_the_bit_and_samples_alike(work):
     assert run("--export", "file/released.pt", "--ckpt", "o/student.pt") == 2
     assert run("--export", "released.pt", "--ckpt", "o/student.pt") == 0
     raw, net = torch.load("released.pt", weights_only=True), sit.load("o/student.pt")[0]
+    torch.save({**torch.load("o/student.pt", weights_only=True), "gamma": [1, 2]}, "whole.pt")  # not floats
+    assert run("--export", "again.pt", "--ckpt", "whole.pt") == 0
     assert "dt_embedder.projs.0.weight" in raw and "gw_embedder.projs.2.bias" in raw
     assert not [k for k in raw if ".mlp." in k and "embedder" in k]
     again = sit.from_state_dict(raw, heads=4)
