@@ -141,7 +141,7 @@ def plain(value):
 
 
 # What differs from the defaults above, by resolution [ours]. At 28, in float32 on a CPU, a finite difference
-# agrees with the JVP at a quarter of its time; for the rest see the README, "Tried".
+# agrees with the JVP at a quarter of its time; for the rest see the README, "Results".
 PRESETS = {
     28: {"derivative": "fd", "k": 0.5, "batch": 64, "lr": 1e-3, "online_lr": 1e-3, "warmup": 20,
          "decay_from": 0.3, "ema": 0.995, "steps": 900, "bf16": False, "compile": False, "eval_samples": 256,

@@ -197,7 +197,8 @@ def objectives(args):
 
 
 def settings(args):
-    table(args, SETTINGS, args.steps or 300)
+    rows = [row for row in SETTINGS if any(part in row[0] for part in args.only)]
+    table(args, rows, args.steps or 300)
 
 
 def error(args):
@@ -385,6 +386,7 @@ def main(argv=None):
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--images", type=int, default=100, help="of search")
     parser.add_argument("--tries", type=int, default=8, help="noises an image, of search")
+    parser.add_argument("--only", nargs="+", default=[""], help="rows of settings with this in their names")
     parser.add_argument("--out", type=Path, default=Path("out/findings"), help="of students; kept")
     parser.add_argument("--pictures", type=Path, default=HERE)
     args = parser.parse_args(argv)
