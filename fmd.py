@@ -276,9 +276,10 @@ def correction(F, u, g, z, n, r):
     loss.
 
     Δ_N is r / (1 - r) times the student's score minus the teacher's, both noised to time r: moving samples
-    along -Δ_N lowers the KL divergence of the student's distribution from the teacher's. v_N has no formula:
-    g(x, r) learns it online, by flow matching on the student's own samples, and one call of g serves as v_N,
-    detached, and for that loss. z and fresh noise n (B, ...), r (B,)."""
+    along -Δ_N lowers the KL divergence of the student's distribution from the teacher's (exact at γ = 1: a
+    guided score is not that of a noised distribution). v_N has no formula: g(x, r) learns it online, by flow
+    matching on the student's own samples, and one call of g serves as v_N, detached, and for that loss. z and
+    fresh noise n (B, ...), r (B,)."""
     average = F(z, torch.ones_like(r))                                                # (B, ...)
     x = (z + average).detach()                                                        # f(z, 1): g's data
     x_r = interpolate(x, n, r)                                                        # (B, ...)
@@ -289,8 +290,9 @@ def correction(F, u, g, z, n, r):
 
 
 def both(F, u, g, z, delta, n, r, derivative=duration_derivative):
-    """The two objectives on one batch with one call each of student, teacher and g: the first len(delta) rows
-    of z are for prediction, the other len(r) for correction. -> F (B, ...), Δ_G, Δ_N, loss of g."""
+    """The two objectives on one batch with one call each of student, teacher and g, but for the derivative's:
+    the first len(delta) rows of z are for prediction, the other len(r) for correction. The derivative asks F
+    for the first alone. -> F (B, ...), Δ_G, Δ_N, loss of g."""
     P, durations = len(delta), torch.cat([delta, torch.ones_like(r)])
     average = F(z, durations)                                                         # (B, ...)
     f = z + expand(durations, z) * average.detach()                                   # (B, ...)
