@@ -1223,7 +1223,7 @@ def keep_freed_memory():
 
 
 def main(argv=None):
-    code = 0
+    code, args = 0, None
     try:
         s, args = parse(argv)
         keep_freed_memory()
@@ -1238,7 +1238,8 @@ def main(argv=None):
         else:
             train(s)
     except (ValueError, OSError, FloatingPointError) as e:
-        print(f"fmd.py: {e}", file=sys.stderr)      # by every process it happens to: perhaps not by rank 0
+        if args or os.environ.get("RANK", "0") == "0":      # flags are refused alike by all, the rest is not
+            print(f"fmd.py: {e}", file=sys.stderr)
         return 1 if isinstance(e, FloatingPointError) else 2        # and torchrun ends the others
     if dist.is_initialized():
         dist.destroy_process_group()
