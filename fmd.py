@@ -694,7 +694,7 @@ def resume(s, parts, teacher, say):
 
 def trim(log, done):
     """Of metrics.jsonl keep the whole lines up to a step."""
-    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    lines = log.read_text(errors="replace").splitlines(keepends=True) if log.exists() else []
     steps = [re.fullmatch(r'\{"step": (\d+), .*\}\n', line) for line in lines]
     kept = [line for line, step in zip(lines, steps) if step and int(step[1]) <= done]
     write(log, lambda f: f.write("".join(kept).encode()))

@@ -2056,8 +2056,8 @@ def test_a_full_disk_is_told_before_sampling_and_at_export(work, capsys, monkeyp
 def test_a_torn_log_is_mended(work):
     """The log is not synced at every line: after power is lost its end may be anything."""
     assert run(*SMALL, "--steps", 3, "--out", "o") == 0
-    with open("o/metrics.jsonl", "a") as f:
-        f.write('{"step": 4, "pred\n' + "\0" * 40 + "\n" + '{"step": 4, "prediction": 1}\n{"step": 2')
+    with open("o/metrics.jsonl", "ab") as f:
+        f.write(b'{"step": 4, "pred\n' + b"\0" * 40 + b"\xff\n" + b'{"step": 4, "prediction": 1}\n{"step": 2')
     assert run(*SMALL, "--steps", 4, "--out", "o") == 0
     assert logged("o/metrics.jsonl") == [1, 2, 3, 4]
     assert all("lr" in json.loads(line) for line in open("o/metrics.jsonl"))
