@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: MIT
 """FID, sFID, Inception Score, precision and recall, with the numbers of ADM's TensorFlow evaluator.
 
-An Inception-v3 classifier turns the images of both sets into features with mean μ, covariance Σ.
-
-  FID        |μ1 - μ2|² + tr(Σ1 + Σ2 - 2 (Σ1 Σ2)^1/2) of 2,048 pooled features (arXiv 1706.08500)
+  FID        |μ1 - μ2|² + tr(Σ1 + Σ2 - 2 (Σ1 Σ2)^1/2) of 2,048 Inception features (arXiv 1706.08500)
   sFID       the same of 7 channels of a 17x17 map, which see the layout (arXiv 2103.03841)
   IS         exp E_x KL(p(y|x) | p(y)) of the class probabilities p (arXiv 1606.03498)
   precision  share of the samples inside the manifold of the reference (arXiv 1904.06991)
@@ -45,7 +43,7 @@ URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
        "pt_inception-2015-12-05-6726825d.pth")
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 POOL, SPATIAL = 2048, 17 * 17 * 7                                    # numbers of features
-KEYS = {"fid": ("mu", "sigma", POOL), "sfid": ("mu_s", "sigma_s", SPATIAL)}        # in an .npz
+KEYS = {"fid": ("mu", "sigma", POOL), "sfid": ("mu_s", "sigma_s", SPATIAL)}        # of an .npz
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))                    # all three set by torchrun
@@ -76,10 +74,18 @@ def inception():
 
 def load_inception(weights=None, device="cpu"):
     """Return the network and the name of its weights: "published", "random" or a path.
-    weights is a file, "random" or None: published. Raises ValueError for a bad file."""
+    weights is a file, "random", or None: the published ones, downloaded once into torch's hub cache
+    by one process of a machine. Raises ValueError for a bad file."""
     net, name = inception(), str(weights)
+    path = weights or Path(torch.hub.get_dir(), "checkpoints", Path(URL).name)
+    if weights is None:
+        if not path.exists() and LOCAL_RANK == 0:
+            with readable(f"{URL} (get it by other means and put it at {path})"):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(URL, str(path), hash_prefix=SHA256)
+        if WORLD > 1:
+            dist.barrier()
     if weights != "random":
-        path = weights or published_weights()
         with readable(path):
             if hashlib.sha256(Path(path).read_bytes()).hexdigest() == SHA256:
                 name = "published"
@@ -91,18 +97,6 @@ def load_inception(weights=None, device="cpu"):
         if isinstance(unit, tv.BasicConv2d):               # faster; moves features by about 1e-6
             unit.conv, unit.bn = fuse_conv_bn_eval(unit.conv, unit.bn), torch.nn.Identity()
     return net.to(device, memory_format=torch.channels_last).requires_grad_(False), name
-
-
-def published_weights():
-    """Return the path of the published weights in torch's hub cache, downloaded if missing."""
-    path = Path(torch.hub.get_dir(), "checkpoints", Path(URL).name)
-    if not path.exists() and LOCAL_RANK == 0:
-        with readable(f"{URL} (get it by other means and put it at {path})"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(URL, str(path), hash_prefix=SHA256)
-    if WORLD > 1:
-        dist.barrier()
-    return path
 
 
 @contextlib.contextmanager
@@ -118,8 +112,8 @@ def readable(name):
 # ---- 2. From images to features ------------------------------------------------------------------
 def resize(images, size=299):
     """Images (N, H, W, C) of any type -> (N, size, size, C) float32, not rounded.
-    TF: its first ResizeBilinear, bit for bit on a CPU. It samples pixel i at i * in/out, without
-    the half pixel that F.interpolate adds, and without antialiasing."""
+    TF: ResizeBilinear of 2015, bit for bit: pixel i is sampled at i * in/out, without the half pixel
+    of F.interpolate and without antialiasing."""
     for axis in (2, 1):                                              # horizontally first
         length = images.shape[axis]
         position = torch.arange(size).float() * torch.tensor(length / size).float()
@@ -193,9 +187,8 @@ def covariance_factor(sigma):
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|² + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^1/2), in float64.
-    mu (d,) and sigma (d, d) are arrays; sigma is positive semi-definite, of any rank. With
-    sigma_i = A_i A_i', the trace of the root is the sum of the singular values of A_1' A_2.
-    Raises ValueError for shapes that differ or a bad covariance."""
+    mu (d,), sigma (d, d), positive semi-definite of any rank. With sigma_i = A_i A_i' the trace of
+    the root is the sum of the singular values of A_1' A_2. Raises ValueError for bad arguments."""
     mu1, mu2, sigma1, sigma2 = (np.asarray(a, np.float64) for a in (mu1, mu2, sigma1, sigma2))
     if mu1.shape != mu2.shape or not sigma1.shape == sigma2.shape == 2 * mu1.shape:
         raise ValueError(f"shapes differ: {mu1.shape} {sigma1.shape}, {mu2.shape} {sigma2.shape}")
@@ -206,20 +199,19 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 def inception_score(logits, split=5000):
     """Logits (N, classes) in the order of the samples -> mean of exp E KL(p(y|x) | p(y)).
-    TF: the mean is over consecutive splits of 5,000. The last may be short and counts as much. A
-    set sorted by class scores low, because each of its splits has few classes."""
+    TF: over consecutive splits of 5,000, the last of which may be short and counts as much. A set
+    sorted by class scores low, because each split has few classes."""
     scores = []
-    for part in logits.double().split(split):
-        log_p = part.log_softmax(1)                                  # (n, classes)
-        log_mean = log_p.logsumexp(0) - np.log(len(part))            # (classes,)
+    for log_p in logits.double().log_softmax(1).split(split):        # (n, classes)
+        log_mean = log_p.logsumexp(0) - np.log(len(log_p))           # (classes,)
         scores.append((log_p.exp() * (log_p - log_mean)).sum(1).mean().exp())
     return torch.stack(scores).mean().item()
 
 
 def precision_recall(samples, reference, k=3):
     """Features of samples (N, d) and reference (M, d) -> precision, recall in 0..1.
-    A manifold is the union of balls around the features of a set. Each reaches to the k-th
-    neighbour and includes its border. Raises ValueError for sets of k or fewer."""
+    A manifold is the union of balls around a set's features, each up to the k-th neighbour, border
+    included. Raises ValueError for sets of k or fewer."""
     if min(len(samples), len(reference)) <= k:
         raise ValueError(f"precision and recall need more than {k} images on each side")
     return share_inside(samples, reference, k), share_inside(reference, samples, k)
@@ -297,13 +289,12 @@ def decode(paths):
 
 
 # ---- 5. The evaluation. Each process takes whole batches in turn ---------------------------------
-def measure(path, count, stats, metrics, net, batch=None, workers=None):
+def measure(path, count, stats, metrics, net, batch=None):
     """Read the images of a path once. Add to stats those of metrics in KEYS, and return pool_3
     (count, 2048) in order, empty unless "is" or "pr" is in metrics."""
     device = net.fc.weight.device
     batch = batch or (128 if device.type == "cuda" else 16)
-    if workers is None:
-        workers = min(8, max(1, os.cpu_count() // WORLD))
+    workers = min(8, max(1, os.cpu_count() // WORLD))
     starts = range(RANK * batch, count, WORLD * batch)
     if Path(path).is_dir():
         files = image_files(path)
@@ -323,17 +314,20 @@ def measure(path, count, stats, metrics, net, batch=None, workers=None):
             pool[start:start + n] = rows["fid"][:n]
     if WORLD > 1:
         dist.all_reduce(pool)                                        # others' rows are 0
-        for value in (value for moment in moments.values() for value in vars(moment).values()):
-            dist.all_reduce(value)
+        for moment in moments.values():
+            for value in vars(moment).values():
+                dist.all_reduce(value)
+    if not all(moment.sum.isfinite().all() for moment in moments.values()):
+        raise ValueError(f"{path}: features are not finite; are the weights damaged?")
     stats |= {metric: moment.mean_cov() for metric, moment in moments.items()}
     return pool
 
 
 def evaluate(samples, reference=None, metrics=None, device="cpu", batch=None, weights=None,
-             workers=None, save_stats=None):
+             save_stats=None):
     """Compare two paths -> {"fid", "sfid", "is", "precision", "recall", and what was compared}.
-    metrics: some of "fid", "sfid", "is", "pr", or None for all that the inputs allow. Under
-    torchrun every process calls it and gets the same. Raises ValueError, OSError."""
+    metrics: some of "fid", "sfid", "is", "pr"; None: all that the inputs allow. All processes call
+    it and get the same. Raises ValueError, OSError."""
     count_a, stats_a = contents(samples)
     count_b, stats_b = contents(reference) if reference else (0, {})
     allowed = [m for m in KEYS if (count_a or m in stats_a) and (count_b or m in stats_b)]
@@ -346,8 +340,7 @@ def evaluate(samples, reference=None, metrics=None, device="cpu", batch=None, we
         raise ValueError(f"--save-stats {save_stats}: {samples} has no images")
     if not metrics and not save_stats:
         raise ValueError("nothing to compute: give a REFERENCE, --metrics is or --save-stats F")
-    # statistics in a file come before its images, as in ADM's code
-    from_a = set(metrics) - set(stats_a) | set(KEYS if save_stats else ())
+    from_a = set(metrics) - set(stats_a) | set(KEYS if save_stats else ())     # as in ADM's code
     from_b = set(metrics) - set(stats_b) - {"is"}
     notes, result = [], {"samples": samples, "images": count_a, "reference": reference}
     if min(count_a or 2048, count_b or 2048) < 2048:
@@ -359,9 +352,9 @@ def evaluate(samples, reference=None, metrics=None, device="cpu", batch=None, we
         if result["weights"] != "published":
             notes.append(f"--weights {weights}: not the published, THE NUMBERS ARE MEANINGLESS")
     if from_a:
-        pool_a = measure(samples, count_a, stats_a, from_a, net, batch, workers)
+        pool_a = measure(samples, count_a, stats_a, from_a, net, batch)
     if from_b:
-        pool_b = measure(reference, count_b, stats_b, from_b, net, batch, workers)
+        pool_b = measure(reference, count_b, stats_b, from_b, net, batch)
     if save_stats and RANK == 0:
         arrays = {name: x for m in KEYS for name, x in zip(KEYS[m], stats_a[m])}
         write(Path(save_stats), partial(np.savez, **arrays))
@@ -379,8 +372,8 @@ def evaluate(samples, reference=None, metrics=None, device="cpu", batch=None, we
 
 # ---- 6. Processes and files, for fmd.py too ------------------------------------------------------
 def join(device):
-    """Join the processes that torchrun started. Return the torch.device of this one, for "cpu",
-    "cuda" (one GPU a process) or "cuda:N". Raises ValueError for a device that is not there."""
+    """Join torchrun's processes. Return this one's torch.device for "cpu", "cuda" (one GPU each) or
+    "cuda:N". Raises ValueError for a device that is not there."""
     kind, _, index = device.partition(":")
     if kind not in ("cpu", "cuda") or not (index or "0").isdecimal():
         raise ValueError(f"--device {device}: must be cpu, cuda or cuda:N")
@@ -423,12 +416,10 @@ def parse(argv):
     add("--weights", metavar="F", help="Inception weights: a file, or random (default: downloaded)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda[:N]")
     add("--batch", type=int, help="images at a time (default: 128 on CUDA, 16 on a CPU)")
-    add("--workers", type=int, help="processes that decode images (default: one a core, at most 8)")
     add("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
-    for name in ("batch", "workers"):
-        if (getattr(args, name) or 0) < 0:
-            raise ValueError(f"--{name} {getattr(args, name)}: must be positive")
+    if args.batch is not None and args.batch < 1:
+        raise ValueError(f"--batch {args.batch}: must be at least 1")
     if args.save_stats and not Path(args.save_stats).parent.is_dir():
         raise ValueError(f"--save-stats {args.save_stats}: its folder does not exist")
     return args
@@ -443,8 +434,6 @@ def main(argv=None):
     except (ValueError, OSError) as e:        # from a worker: a traceback, our message comes last
         print("fid.py:", str(e).splitlines()[-1].removeprefix("ValueError: "), file=sys.stderr)
         return 2
-    if WORLD > 1:
-        dist.destroy_process_group()
     if RANK == 0:
         for note in result["notes"]:
             print("note:", note, file=sys.stderr)

@@ -36,7 +36,6 @@ Launch:
 """
 
 import argparse
-import copy
 import hashlib
 import json
 import math
@@ -71,7 +70,7 @@ CHUNK = 128 if GPU else 64  # samples computed at a time
 
 # How the presets of --res differ from the defaults below [ours].
 PRESETS = {
-    28: dict(teacher=str(ASSETS / "teacher-mnist.pt"), steps=900, batch=64, lr=1e-3,
+    28: dict(teacher=str(ASSETS / "teacher-mnist.pt"), steps=1500, batch=32, lr=1e-3,
              online_lr=1e-3, warmup=20, decay_from=0.3, ema=0.995, derivative="fd",
              optimizer="muon", bf16=False, compile=False, eval_samples=256, log_every=25,
              eval_every=500, ckpt_every=500),
@@ -391,7 +390,7 @@ def start(s):
     torch.manual_seed(s.seed)  # for the new embedders
     run.net = start_from(teacher, dt=True, gw=True)
     run.g = start_from(teacher, gw=True)
-    run.ema = copy.deepcopy(run.net).requires_grad_(False)
+    run.ema = start_from(run.net).requires_grad_(False)
     run.weights, run.averages = ([p.detach() for p in net.parameters()]
                                  for net in (run.net, run.ema))
     run.optimizers = make_optimizers(run.net, s.lr, s.optimizer)

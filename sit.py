@@ -376,6 +376,8 @@ def from_state_dict(state, heads=None):
     heads = heads or {size[:2]: size[2] for size in SIZES.values()}.get((depth, width))
     if heads is None:
         raise ValueError(f"cannot tell the number of heads of depth {depth} and width {width}")
+    if heads < 1 or width % heads or classes < 1:
+        raise ValueError(f"{heads} heads and {classes} classes make no SiT of width {width}")
     with torch.device("meta"):
         net = SiT((channels, side, side), depth, width, heads, patch, classes, learn_sigma,
                   dt="dt_embedder.mlp.0.weight" in state, gw="gw_embedder.mlp.0.weight" in state)
