@@ -1,19 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""SiT, the transformer that teacher, student and online network share; the decoder that turns its latents
-into images; the files that hold their weights.
+"""SiT, the transformer of teacher, student and online network; the decoder of its latents; the files
+that hold their weights.
 
-The network is the Scalable Interpolant Transformer (Ma et al., arXiv 2401.08740): the architecture of DiT
-(Peebles and Xie, arXiv 2212.09748), with patches, adaLN-Zero blocks and a linear read-out. Parameter names and
-shapes are those of the released files. This file holds no convention of time or sign. It maps (x, t, y) to
-an array like x; `CONVENTIONS` in fmd.py defines what t and the output mean.
+The network is the Scalable Interpolant Transformer (Ma et al., arXiv 2401.08740), which has DiT's
+architecture (arXiv 2212.09748). Names and shapes are those of the released files. The network maps
+(x, t, y) to an array like x; `CONVENTIONS` in fmd.py defines what t and the output mean. Two optional
+inputs make a student or an online network of a teacher, as in the released FreeFlow weights: `dt`,
+the duration δ, and `gw`, the guidance strength γ. The last layers of their embedders are
+zero-initialised, so that the network starts as the teacher.
 
-Two optional inputs turn a teacher into the student or the online network: `dt`, the integration duration δ,
-and `gw`, the guidance strength γ. Each has an embedder, as in the released FreeFlow weights, whose output is
-added to the conditioning. The embedders' last layers are zero-initialised, so a network that starts from a
-teacher's weights computes what that teacher computes.
-
-Shape comments: B batch, C channels (C' after a layer that changes them), H W height and width, p patch side,
-T = HW/p² tokens, D width.
+Shapes: B batch, C channels (C' after a change), H W height, width, p patch side, T tokens, D width.
 """
 
 import argparse
@@ -30,14 +26,14 @@ import torch.nn as nn
 import torch.nn.functional as nnf
 from torch.utils.checkpoint import checkpoint
 
-# (depth, width, heads) of DiT's and SiT's sizes; SiT-XL/2 is size XL with patch 2. T is ours, for MNIST.
-SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16), "T": (6, 128, 4)}
+# (depth, width, heads); SiT-XL/2 is size XL with patch 2. T is ours, for MNIST.
+SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16),
+         "T": (6, 128, 4)}
 
 
 # ---- Embeddings ----------------------------------------------------------------------------------
-
 def sinusoids(t, dim=256, max_period=10000):
-    """(B,) -> (B, dim): cos(t w_k) then sin(t w_k), w_k from 1 down to 1/max_period. t is not scaled."""
+    """(B,) -> (B, dim): cos(t w_k), then sin(t w_k), with w_k from 1 down to 1/max_period."""
     k = torch.arange(dim // 2, device=t.device, dtype=torch.float32)
     freqs = torch.exp(-math.log(max_period) / (dim // 2) * k)
     args = t.float()[:, None] * freqs                   # (B, dim/2)
@@ -45,17 +41,16 @@ def sinusoids(t, dim=256, max_period=10000):
 
 
 def position_table(width, rows, cols):
-    """(1, rows*cols, width): fixed 2-D sin-cos positions, tokens row by row. Half the width encodes the
-    column, half the row, in that order: the DiT and MAE code puts w first."""
+    """(1, rows*cols, width): fixed 2-D sin-cos positions, tokens row by row. The first half of the
+    width encodes the column, the second the row, as in the DiT and MAE code."""
     freqs = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     row, col = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
-    x, y = col.reshape(-1, 1) * freqs, row.reshape(-1, 1) * freqs                   # each (T, width/4)
+    x, y = col.reshape(-1, 1) * freqs, row.reshape(-1, 1) * freqs       # each (T, width/4)
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1).float()[None]
 
 
 class ScalarEmbedder(nn.Module):
     """(B,) -> (B, D): 256 sinusoids through a two-layer MLP. Embeds t, δ and γ."""
-
     def __init__(self, width):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
@@ -70,7 +65,6 @@ def named(**layers):
 
 
 # ---- Transformer ---------------------------------------------------------------------------------
-
 def modulate(x, shift, scale):
     """adaLN: x (B, T, D) scaled and shifted by per-sample vectors (B, D)."""
     return x * (1 + scale[:, None]) + shift[:, None]
@@ -92,8 +86,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """adaLN-Zero block: attention and MLP, with shifts, scales and gates made from the conditioning."""
-
+    """adaLN-Zero block: shifts, scales and gates of attention and MLP come from the conditioning."""
     def __init__(self, width, heads):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
@@ -127,11 +120,11 @@ class FinalLayer(nn.Module):
 class SiT(nn.Module):
     """SiT(x, t, y[, dt][, gw]) -> array like x.
 
-    shape: (C, H, W) of the input. classes: the number of labels without the null class. learn_sigma: the
-    read-out has 2C channels, of which the first C are returned; SiT's files have it, REPA's do not, and a
-    student keeps its teacher's. dt, gw: add that embedder."""
-
-    def __init__(self, shape, depth, width, heads, patch, classes, learn_sigma=False, dt=False, gw=False):
+    shape: (C, H, W) of the input. classes: the number of labels without the null class. learn_sigma:
+    the read-out has 2C channels, and the first C are returned (SiT's files; not REPA's; a student
+    keeps its teacher's). dt, gw: add that embedder."""
+    def __init__(self, shape, depth, width, heads, patch, classes, learn_sigma=False, dt=False,
+                 gw=False):
         super().__init__()
         channels, rows, cols = shape
         self.config = dict(shape=list(shape), depth=depth, width=width, heads=heads, patch=patch,
@@ -140,16 +133,16 @@ class SiT(nn.Module):
         positions = position_table(width, rows // patch, cols // patch)
         self.pos_embed = nn.Parameter(positions, requires_grad=False)
         self.t_embedder = ScalarEmbedder(width)
-        self.y_embedder = named(embedding_table=nn.Embedding(classes + 1, width))    # row `classes` is ∅
+        self.y_embedder = named(embedding_table=nn.Embedding(classes + 1, width))   # the last is ∅
         self.dt_embedder = ScalarEmbedder(width) if dt else None
         self.gw_embedder = ScalarEmbedder(width) if gw else None
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.final_layer = FinalLayer(width, patch * patch * channels * (1 + learn_sigma))
-        self.checkpointing = False      # True: save memory, compute each block again in the backward pass
+        self.checkpointing = False      # True: recompute each block in the backward pass
         self.initialize()
 
     def initialize(self):
-        """DiT's initialisation. Gates and read-out start at zero, so every block starts as the identity."""
+        """DiT's: gates and read-out start at zero, so that every block starts as the identity."""
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.xavier_uniform_(m.weight)
@@ -163,13 +156,13 @@ class SiT(nn.Module):
         for embedder in filter(None, (self.t_embedder, self.dt_embedder, self.gw_embedder)):
             nn.init.normal_(embedder.mlp[0].weight, std=0.02)
             nn.init.normal_(embedder.mlp[2].weight, std=0.02)
-            if embedder is not self.t_embedder:     # FreeFlow: the two added embedders start at zero
+            if embedder is not self.t_embedder:     # FreeFlow: the added ones start at zero
                 zero.append(embedder.mlp[2])
         for m in zero:
             nn.init.zeros_(m.weight)
 
     def forward(self, x, t, y, dt=None, gw=None):
-        """x (B, C, H, W); t, dt, gw (B,) float; y (B,) int64 in [0, classes], `classes` being ∅."""
+        """x (B, C, H, W); t, dt, gw (B,) float; y (B,) int64 in [0, classes], the last being ∅."""
         c = self.t_embedder(t) + self.y_embedder(y)             # (B, D)
         if self.dt_embedder is not None:
             c = c + self.dt_embedder(dt)                        # (B, D)
@@ -184,7 +177,7 @@ class SiT(nn.Module):
                 h = block(h, c)
         h = self.final_layer(h, c)                              # (B, T, p*p*C')
         (C, H, W), p = self.config["shape"], self.config["patch"]
-        h = h.unflatten(2, (p, p, -1))                          # (B, T, p, p, C'): row, column, channel
+        h = h.unflatten(2, (p, p, -1))                          # (B, T, p, p, C')
         h = h.unflatten(1, (H // p, W // p))                    # (B, H/p, W/p, p, p, C')
         h = h.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)    # (B, C', H, W)
         return h[:, :C]                                         # (B, C, H, W)
@@ -192,16 +185,14 @@ class SiT(nn.Module):
 
 # ---- SD-VAE decoder: latents to pixels (Rombach et al., arXiv 2112.10752) ------------------------
 # Parameter names are those of diffusers' AutoencoderKL. Its encoder is not needed here.
-
-SCALE = 0.18215                         # SiT's latents are the VAE's times this: about unit variance
+SCALE = 0.18215                         # SiT's latents are the VAE's times this
 VAE_WIDTHS = (512, 512, 256, 128)       # channels by level, from latents to pixels
 group_norm = partial(nn.GroupNorm, 32, eps=1e-6)
 conv3 = partial(nn.Conv2d, kernel_size=3, padding=1)
 
 
 class ResBlock(nn.Module):
-    """(B, C, H, W) -> (B, C', H, W). A 1x1 convolution maps the residual where C' differs from C."""
-
+    """(B, C, H, W) -> (B, C', H, W). Where C' differs from C, a 1x1 convolution maps the input."""
     def __init__(self, inputs, outputs):
         super().__init__()
         self.norm1, self.conv1 = group_norm(inputs), conv3(inputs, outputs)
@@ -216,7 +207,6 @@ class ResBlock(nn.Module):
 
 class PixelAttention(nn.Module):
     """(B, C, H, W) -> (B, C, H, W): one head of attention among all pixels, added to the input."""
-
     def __init__(self, channels):
         super().__init__()
         self.group_norm = group_norm(channels)
@@ -231,14 +221,12 @@ class PixelAttention(nn.Module):
 
 
 class Decoder(nn.Module):
-    """SiT's latents (B, 4, H, W), scaled by SCALE -> images (B, 3, 8H, 8W), about in [-1, 1].
-
-    widths: channels by level. Every level except the last doubles the side."""
-
+    """SiT's latents (B, 4, H, W) -> images (B, 3, 8H, 8W), about in [-1, 1]. widths: channels by
+    level. Every level except the last doubles the side."""
     def __init__(self, widths=VAE_WIDTHS):
         super().__init__()
         self.post_quant_conv = nn.Conv2d(4, 4, 1)
-        d = self.decoder = nn.Module()      # an empty module gives the parameters' names their prefix
+        d = self.decoder = nn.Module()      # a prefix of the parameters' names
         d.conv_in = conv3(4, widths[0])
         d.mid_block = nn.Module()
         d.mid_block.resnets = nn.ModuleList(ResBlock(widths[0], widths[0]) for _ in range(2))
@@ -263,16 +251,12 @@ class Decoder(nn.Module):
 
 
 # ---- Files: the layouts of the released weights, read and written --------------------------------
-
-# Images of 256 x 256 where the name gives no side. Sources: issue 42 of SiT's repository, utils.py of REPA's,
-# commit 88a8120 of FreeFlow's files.
+# Of images of 256 x 256 where the name gives no side. Sources: issue 42 of SiT's repository, REPA's
+# utils.py, commit 88a8120 of FreeFlow's files.
 HUB = "https://huggingface.co/"
 SIT_FILES = HUB + "nyu-visionx/SiT-collections/resolve/main/"
 RELEASED = {
-    "SiT-S/2": SIT_FILES + "SiT-S-2-256.pt",
-    "SiT-B/2": SIT_FILES + "SiT-B-2-256.pt",
-    "SiT-L/2": SIT_FILES + "SiT-L-2-256.pt",
-    "SiT-XL/2": SIT_FILES + "SiT-XL-2-256.pt",
+    **{f"SiT-{size}/2": f"{SIT_FILES}SiT-{size}-2-256.pt" for size in ("S", "B", "L", "XL")},
     "SiT-XL/2-512": SIT_FILES + "SiT-XL-2-512.pt",
     "SiT-XL/2-REPA": "https://www.dl.dropboxusercontent.com/scl/fi/cxedbs4da5ugjq5wg3zrg/last.pt"
                      "?rlkey=8otgrdkno0nd89po3dpwngwcc&st=apcc645o&dl=0",
@@ -283,19 +267,18 @@ RELEASED = {
 
 
 def fetch(source):
-    """A file's path, a name of RELEASED or a URL -> a local path.
-
-    The last two are downloaded once into torch hub's cache: torch.hub writes a temporary file and renames it.
-    Of several processes on a machine, let one call this first. Raises ValueError with the URL and the place
-    for the file."""
+    """A file's path, a name of RELEASED or a URL -> a local path. The last two are downloaded once into
+    torch hub's cache, to a temporary file that is renamed. Raises ValueError with the URL and the
+    place for the file."""
     if Path(source).is_file():
         return Path(source)
     url = RELEASED.get(source, str(source))
     if "://" not in url:
         raise ValueError(f"{source}: no such file, nor a released one ({', '.join(RELEASED)})")
     name = f"{source.replace('/', '-')}.pt"
-    if source not in RELEASED:      # many files are called last.pt: a digest tells their URLs apart
-        name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{url.split('?')[0].rsplit('/', 1)[1]}"
+    if source not in RELEASED:      # many files are called last.pt
+        digest = hashlib.sha256(url.encode()).hexdigest()[:8]
+        name = f"{digest}-{Path(url.split('?')[0]).name}"
     path = Path(torch.hub.get_dir(), "checkpoints", name)
     try:
         if not path.exists():
@@ -312,20 +295,20 @@ def reason(e):
 
 
 def read_file(path):
-    """torch.load that runs nothing from the file. Tensors are mapped from the disk where the format allows,
-    so that processes share them. Raises ValueError that names the path."""
+    """torch.load that runs nothing from the file. Tensors are mapped from the disk where the format
+    allows, so that processes share them. Raises ValueError with the path."""
     try:
         mapped = zipfile.is_zipfile(path)
-        if mapped and zipfile.ZipFile(path).testzip():                  # torch.load compares no checksums
+        if mapped and zipfile.ZipFile(path).testzip():      # torch.load compares no checksums
             raise ValueError("a checksum is wrong")
-        with torch.serialization.safe_globals([argparse.Namespace]):    # SiT's train.py saves its flags
+        with torch.serialization.safe_globals([argparse.Namespace]):    # SiT saves its flags
             return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as e:      # a damaged zip or pickle raises a dozen types
         raise ValueError(f"{path}: not a checkpoint, or damaged ({reason(e)})") from None
 
 
-# FreeFlow's files name the scalar embedders' MLPs `projs` where SiT's say `mlp`. The first SD-VAE files name
-# the attention's linear maps as below, where diffusers now has to_q, to_k, to_v and to_out.0.
+# FreeFlow's files name the scalar embedders' MLPs `projs` where SiT's say `mlp`. The first SD-VAE files
+# name the attention's linear maps as below.
 FREEFLOW_NAMES = {f"{e}_embedder.projs.": f"{e}_embedder.mlp." for e in ("t", "dt", "gw")}
 ATTENTION = "decoder.mid_block.attentions.0."
 OLD_VAE_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -333,14 +316,11 @@ OLD_VAE_NAMES = {f"{ATTENTION}{old}.": f"{ATTENTION}{new}." for old, new in OLD_
 
 
 def rename(state, prefixes):
-    """A state dict whose keys that start with an old prefix get the new one; prefixes: {old: new}."""
-    renamed = {}
-    for key, value in state.items():
-        for old, new in prefixes.items():
-            if key.startswith(old):
-                key = new + key.removeprefix(old)
-        renamed[key] = value
-    return renamed
+    """A state dict with old prefixes of its keys replaced; prefixes: {old: new}."""
+    for old, new in prefixes.items():
+        state = {new + key.removeprefix(old) if key.startswith(old) else key: value
+                 for key, value in state.items()}
+    return state
 
 
 def released_names(state):
@@ -349,14 +329,15 @@ def released_names(state):
 
 
 def our_names(state):
-    """A released state dict, teacher or student, in the names of SiT above. REPA's training heads, which a
-    teacher does not use, are dropped."""
-    return {k: v for k, v in rename(state, FREEFLOW_NAMES).items() if not k.startswith("projectors.")}
+    """A released state dict, of teacher or student, in the names of SiT above, without REPA's training
+    heads."""
+    ours = rename(state, FREEFLOW_NAMES)
+    return {k: v for k, v in ours.items() if not k.startswith("projectors.")}
 
 
 def fill(net, state):
-    """Give `net`, built on the meta device, these weights in float32. Raises RuntimeError where names or
-    shapes differ, ValueError where a value is not finite."""
+    """Give `net`, built on the meta device, these weights in float32. Raises RuntimeError where names
+    or shapes differ, ValueError where a value is not finite."""
     net.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
     for name, value in net.state_dict().items():
         if not value.isfinite().all():
@@ -365,8 +346,8 @@ def fill(net, state):
 
 
 def from_state_dict(state, heads=None):
-    """A SiT with these weights, under the names of SiT or FreeFlow. The shapes give its size; `heads` None
-    takes the number of heads from the named size of the same depth and width."""
+    """A SiT with these weights, in the names of SiT or FreeFlow. The shapes give its size; the named
+    size of the same depth and width gives `heads` None."""
     state = our_names(state)
     width, channels, patch, _ = state["x_embedder.proj.weight"].shape
     side = math.isqrt(state["pos_embed"].shape[1]) * patch
@@ -375,7 +356,7 @@ def from_state_dict(state, heads=None):
     learn_sigma = len(state["final_layer.linear.weight"]) == 2 * channels * patch ** 2
     heads = heads or {size[:2]: size[2] for size in SIZES.values()}.get((depth, width))
     if heads is None:
-        raise ValueError(f"cannot tell the number of heads of depth {depth} and width {width}")
+        raise ValueError(f"cannot tell the number of heads of depth {depth}, width {width}")
     if heads < 1 or width % heads or classes < 1:
         raise ValueError(f"{heads} heads and {classes} classes make no SiT of width {width}")
     with torch.device("meta"):
@@ -385,17 +366,16 @@ def from_state_dict(state, heads=None):
 
 
 def load(path, heads=None):
-    """A file -> a SiT and the file's information. The file is a raw state dict or, as ours and SiT's are,
-    {"ema": state dict, ...}.
-
-    The information is what the file holds beside the weights. Its "convention" is "sit" or "repa": the
-    file's own entry; else "repa" where the file has REPA's projectors or REPA in its name, which is the rule
-    of FreeFlow's sampler; else "sit". Raises ValueError that names the path."""
+    """A file -> a SiT, and what the file holds beside its weights. The file is a raw state dict or, as
+    ours and SiT's are, {"ema": state dict, ...}. Information's "convention" is "sit" or "repa": the
+    file's own entry; else "repa" for REPA's projectors or for REPA in the name, the rule of
+    FreeFlow's sampler; else "sit". Raises ValueError with the path."""
     file = read_file(path)
     try:
         state = file.get("ema", file)
         net = from_state_dict(state, heads or file.get("config", {}).get("heads"))
-        repa = "repa" in Path(path).name.lower() or any(key.startswith("projectors.") for key in state)
+        projectors = any(key.startswith("projectors.") for key in state)
+        repa = projectors or "repa" in Path(path).name.lower()
         info = {k: v for k, v in file.items() if k != "ema" and state is not file}
         return net, {"convention": "repa" if repa else "sit", **info}
     except Exception as e:      # whatever a file of another kind raises
@@ -403,13 +383,13 @@ def load(path, heads=None):
 
 
 def load_decoder(path, widths=VAE_WIDTHS):
-    """The Decoder from a file of diffusers' AutoencoderKL, a dict of tensors (.bin or .pt). `encoder.*` and
-    `quant_conv.*` are dropped; everything else must fit. Raises ValueError that names the path."""
+    """The Decoder from a file of diffusers' AutoencoderKL (.bin or .pt), without `encoder.*` and
+    `quant_conv.*`. Raises ValueError with the path."""
     file = read_file(path)
     try:
         state = {k: v for k, v in rename(file, OLD_VAE_NAMES).items()
                  if not k.startswith(("encoder.", "quant_conv."))}
-        for key, value in state.items():        # in the oldest files these linear maps are 1x1 convolutions
+        for key, value in state.items():    # in the oldest files these are 1x1 convolutions
             if key.startswith(ATTENTION) and value.ndim == 4:
                 state[key] = value.flatten(1)
         with torch.device("meta"):
