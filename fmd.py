@@ -53,7 +53,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.nn.utils import clip_grad_norm_ as clip
 from torchvision.utils import make_grid
 from tqdm import tqdm
@@ -88,13 +88,13 @@ def settings(parser):
         parser.add_argument(flag, type=kind, default=default, help=meaning, **more)
     add("--res", 28, "image side, 28 is MNIST", choices=PRESETS)
     add("--teacher", "", "a file, a name in sit.RELEASED or a URL")
-    add("--vae", "sd-vae-ft-ema", "decoder of the latents, given likewise")
+    add("--vae", "sd-vae-ft-ema", "decoder of latents, likewise")
     add("--convention", "auto", "clock and sign", choices=("auto", "sit", "repa"))
     add("--out", "", "output folder (default: out/RES)")
     add("--steps", 100_000, "optimiser steps [paper]")
-    add("--batch", 256, "samples a step, over all processes [paper]")
-    add("--correction", 0.25, "share of the batch for correction [paper]")
-    add("--k", 1.0, "exponent of the samples' weights [paper]")
+    add("--batch", 256, "samples a step [paper]")
+    add("--correction", 0.25, "its share of the batch [paper]")
+    add("--k", 1.0, "exponent of the weights [paper]")
     add("--alpha", 1.0, "strength of correction [paper]")
     add("--gamma", [1.0, 2.0], "γ in training [ours]", float, nargs=2)
     add("--interval", [0.0, 1.0], "t with guidance [ours]", float, nargs=2)
@@ -103,14 +103,14 @@ def settings(parser):
     add("--r-scale", 1.0, "and scale [ours]")
     add("--derivative", "jvp", "∂F/∂δ", choices=("jvp", "fd"))
     add("--optimizer", "adamw", "see make_optimizers", choices=("adamw", "muon"))
-    add("--lr", 1e-4, "peak learning rate of the student [ours]")
-    add("--online-lr", 1e-4, "peak learning rate of g [ours]")
+    add("--lr", 1e-4, "peak rate of the student [ours]")
+    add("--online-lr", 1e-4, "peak rate of g [ours]")
     add("--warmup", 1000, "steps of linear warm-up [ours]")
     add("--decay-from", 1.0, "share of the steps before decay [ours]")
-    add("--ema", 0.9999, "decay of the averaged student [ours]")
+    add("--ema", 0.9999, "decay of the average [ours]")
     add("--seed", 0, "(seed, step, purpose) keys every draw")
     add("--eval-samples", 64, "noises of the endpoint error")
-    add("--log-every", 50, "steps between lines of metrics.jsonl")
+    add("--log-every", 50, "steps between log lines")
     add("--eval-every", 5000, "steps between endpoint errors")
     add("--ckpt-every", 5000, "steps between saves")
     add("--device", "cuda" if GPU else "cpu", "cpu, cuda or cuda:N")
@@ -118,9 +118,9 @@ def settings(parser):
     switch("--bf16", default=GPU, help="networks compute in bfloat16")
     switch("--compile", default=GPU, help="torch.compile blocks, derivative")
     switch("--checkpointing", help="recompute activations (default: by memory)")
-    add("--sample", 0, "instead of training: N samples of the student")
-    add("--rollout", 0, "instead of training: N samples of the teacher")
-    add("--ckpt", "", "the student (default: OUT/student.pt, or the bundled)")
+    add("--sample", 0, "only make N samples of the student")
+    add("--rollout", 0, "only make N samples of the teacher")
+    add("--ckpt", "", "the student (default: OUT/student.pt)")
     add("--guidance", 1.5, "γ of the samples")
     add("--labels", "balanced", "of the samples: balanced, 7 or 0-9")
     add("--solver", "heun", "of the rollout", choices=("heun", "euler"))
@@ -224,7 +224,7 @@ def correction(F_z, u, g, z, n, r):
     x = (z + F_z).detach()  # f(z, 1), the data of g
     x_r = (1 - expand(r, x)) * x + expand(r, x) * n
     v_N = g(x_r, r)
-    online_loss = (v_N - (x - n)).square().mean()  # its gradient reaches g alone
+    online_loss = (v_N - (x - n)).square().mean()  # moves g alone
     return v_N.detach() - u(x_r, r), online_loss
 
 
@@ -324,7 +324,7 @@ def train(s):
         if saved and RANK == 0:
             save(run, s)
         if stopped:
-            return print(f"saved after step {run.step}; the same command resumes there")
+            return print(f"saved after step {run.step}; the same command goes on")
     print(f"next: python fmd.py --res {s.res} --sample 100 --out {s.folder}")
 
 
@@ -400,7 +400,7 @@ def start(s):
     resume(run, s)
     print(f"{vars(s)}\nconvention {run.convention}, from step {run.step}")
 
-    if s.checkpointing is None:  # XL/2 fits 80 GB without it up to 64 rows at 256
+    if s.checkpointing is None:  # XL/2: 64 rows at 256 fit 80 GB
         tokens = s.batch * math.prod(run.shape[1:]) // teacher.config["patch"] ** 2
         s.checkpointing = run.device.type == "cuda" and tokens > 64 * 256 * WORLD
     run.net.checkpointing = run.g.checkpointing = s.checkpointing
@@ -411,7 +411,8 @@ def start(s):
         run.derivative = torch.compile(duration_derivative, dynamic=False)
     student, online = run.net, run.g
     if WORLD > 1:
-        student, online = DistributedDataParallel(student), DistributedDataParallel(online)
+        wrap = partial(DDP, gradient_as_bucket_view=True)
+        student, online = wrap(student), wrap(online)
     velocity = partial(velocity_of, convention=run.convention, bf16=s.bf16)
     run.teacher = partial(velocity, teacher)
     run.student, run.online = partial(velocity, student), partial(velocity, online)

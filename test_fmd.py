@@ -373,7 +373,8 @@ def test_hostile_and_damaged_files_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     good, bias = tiny().state_dict(), "t_embedder.mlp.0.bias"
     states = {"missing": {k: v for k, v in good.items() if "fc1" not in k},
-              "extra": {**good, "more": torch.zeros(1)}, "infinite": {**good, bias: torch.full((32,), -math.inf)},
+              "extra": {**good, "more": torch.zeros(1)},
+              "infinite": {**good, bias: torch.full((32,), -math.inf)},
               "shape": {**good, "final_layer.linear.bias": torch.zeros(3)}, "empty": {},
               "nan": {**good, bias: torch.full((32,), math.nan)},
               "words": {**good, "x_embedder.proj.weight": "none"}, "number": 3,

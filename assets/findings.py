@@ -1,39 +1,44 @@
 # SPDX-License-Identifier: MIT
-"""The paper's findings in miniature, on the bundled teacher: the README's tables of them, and its charts.
+"""The paper's findings in miniature, on the bundled teacher: tables and charts.
 
-    python assets/findings.py objectives  prediction alone, correction alone, both: 900 steps, 3 seeds
-    python assets/findings.py settings    k, p(r), the cut, α, jvp: 13 rows of 300 steps, 3 seeds
-    python assets/findings.py error       assets/error.png: error along the path, with and without correction
-    python assets/findings.py speed       assets/speed.png: images/s and quality, one step against many
+    python assets/findings.py objectives  prediction alone, correction alone, both
+    python assets/findings.py settings    k, p(r), the cut, α, jvp: 13 rows
+    python assets/findings.py error       error.png: error along the path, by both and prediction
+    python assets/findings.py speed       speed.png: images/s and quality, one step against many
     python assets/findings.py guidance    γ as a knob when sampling
-    python assets/findings.py search      noises ranked by one step: how well, and what the best one gains
-    python assets/findings.py figure      assets/objectives.png: the two objectives on 2-D points
+    python assets/findings.py search      noises ranked by one step: how well, and what it gains
+    python assets/findings.py figure      objectives.png: the two objectives on 2-D points
+    python assets/findings.py example     points.png: fmd.py's functions with a teacher of your own
 
-No data here either: the measure of quality is made of the teacher itself (see `features`).
+The charts need matplotlib, which requirements.txt does not list. The first three train students by
+plain commands of fmd.py, kept in --out. There is no data: the teacher itself judges (`features`).
 """
 
 import argparse
 import contextlib
-import io
+import signal
 import sys
+import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from torch import nn
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-import fid                                                                          # noqa: E402
-import fmd                                                                          # noqa: E402
-import sit                                                                          # noqa: E402
+import fid, fmd, sit  # noqa: E401, E402
 
-TEACHER = sit.load(HERE / "teacher-mnist.pt")[0].eval()
-CPU, SHAPE, LABELS = torch.device("cpu"), (1, 28, 28), range(10)
-BASE = "--res 28 --device cpu --k 1"                      # the paper's: 75/25, α = 1, r about 0.8, cut 0.7
-OBJECTIVES = [("prediction alone", "12.40", "--correction 0"),
-              ("correction alone", "loses modes", "--correction 1"),
-              ("both", "5.58", "")]
+SHAPE, LABELS, NULL = (1, 28, 28), range(10), 10
+TEACHER = sit.load(HERE / "teacher-mnist.pt")[0]
+STUDENT = sit.load(HERE / "student-mnist.pt")[0]
+teacher = partial(fmd.velocity_of, TEACHER)
+RED, BLUE, GREEN = "#c0392b", "#2c5aa0", "#2e8b57"
+
+BASE = "--res 28 --device cpu --k 1 --optimizer adamw"
+# Rows of the tables: name, the paper's FID, flags beyond BASE.
 SETTINGS = [("prediction alone, k = 0", "11.91", "--correction 0 --k 0"),
             ("prediction alone, k = 0.5", "11.71", "--correction 0 --k 0.5"),
             ("prediction alone, k = 1", "12.40", "--correction 0"),
@@ -47,350 +52,351 @@ SETTINGS = [("prediction alone, k = 0", "11.91", "--correction 0 --k 0"),
             ("α = 0.3", "robust", "--alpha 0.3"),
             ("α = 3", "robust", "--alpha 3"),
             ("both, k = 1, by jvp", "", "--derivative jvp")]
+OBJECTIVES = [SETTINGS[i] for i in (2, 3, 6)]
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Measures
-# -----------------------------------------------------------------------------------------------------------
-
-@torch.no_grad()
-def features(x, r=0.3):
-    """Images (N, 1, 28, 28) -> (N, 128): what the teacher's last block but one says, averaged over tokens,
-    when it sees the image noised to r and no label."""
-    rows, hook = [], TEACHER.blocks[-2].register_forward_hook(lambda net, args, out: rows.append(out.mean(1)))
-    n = torch.randn(x.shape, generator=fmd.generator("features"))
-    for part in fmd.interpolate(x, n, torch.full((len(x),), r)).split(250):
-        TEACHER(part, torch.full((len(part),), 1 - r), torch.full((len(part),), 10))       # SiT's clock; ∅
-    hook.remove()
-    return torch.cat(rows)
+# ---- Samples ----
+def noises(seed, names):
+    """(len(names), 1, 28, 28). Names 0 to count - 1 give the noises of fmd.generate."""
+    sources = [fmd.generator("cpu", seed, "sample", name) for name in names]
+    return torch.stack([torch.randn(SHAPE, generator=source) for source in sources])
 
 
-def moments(h):
-    m = fid.Moments(h.shape[1])
-    m.add(h.numpy())
-    return m.mean_cov()
-
-
-def spread(h, y):
-    """Mean squared distance of the features to the mean of their class."""
-    return sum((h[y == c] - h[y == c].mean(0)).square().sum(1).mean().item() for c in LABELS) / len(LABELS)
-
-
-def draw(make, count, seed):
-    """-> z, y, x, ms an image."""
-    return fmd.timed(make, count, seed, SHAPE, LABELS, CPU)
+def by_student(net, gamma=1.5):
+    """-> sampler(z, y): one evaluation."""
+    return partial(fmd.one_step, partial(fmd.velocity_of, net), gamma=gamma)
 
 
 def by_teacher(steps, gamma=1.5, solver="heun"):
-    return fmd.many_steps(TEACHER, "sit", gamma, steps, solver)
+    """-> sampler(z, y): a rollout, without the evaluations for guidance at γ = 1."""
+    if gamma == 1:
+        return lambda z, y: fmd.rollout(partial(teacher, y=y), z, steps, solver)
+    return partial(fmd.many_steps, teacher, gamma=gamma, null=NULL, steps=steps, solver=solver)
+
+
+def draw(sampler, count, seed):
+    """Samples of the noises of a seed, labels in turn -> x (count, 1, 28, 28), y (count,)."""
+    run = SimpleNamespace(shape=SHAPE, device="cpu", seed=seed)
+    x = torch.cat(list(fmd.generate(run, run, sampler, count, LABELS)))
+    return x[:count], torch.arange(count) % 10
+
+
+def students(args, steps, flags):
+    """Train one student a seed, where its run is not finished yet. Yields their networks."""
+    for seed in range(args.seeds):
+        name = flags.replace("--", "").replace(" ", "-") or "base"
+        folder = args.out / f"{name}-{steps}x{args.batch}-{seed}"
+        command = (f"{BASE} --steps {steps} --batch {args.batch} --eval-samples 2 --seed {seed} "
+                   f"--out {folder} {flags}")
+        last = folder / "ckpt.pt"
+        if not last.exists() or sit.read_file(last)["step"] < steps:
+            with contextlib.redirect_stdout(sys.stderr):
+                code = fmd.main(command.split())
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_DFL)  # fmd.py leaves its own handlers
+            if code or sit.read_file(last)["step"] < steps:  # refused, or stopped by a signal
+                raise SystemExit(code or 1)
+        yield sit.load(folder / "student.pt")[0].requires_grad_(False)
+
+
+# ---- Measures ----
+@torch.no_grad()
+def features(x, r=0.3):
+    """Images (N, 1, 28, 28) -> (N, 128): the output of the teacher's last block but one, averaged
+    over the tokens, for the images noised to r and the null label."""
+    n, count = torch.randn(x.shape, generator=fmd.generator("cpu", "features")), len(x)
+    rows = []
+    hook = TEACHER.blocks[-2].register_forward_hook(lambda net, args, out: rows.append(out.mean(1)))
+    teacher((1 - r) * x + r * n, torch.full((count,), r), torch.full((count,), NULL))
+    hook.remove()
+    return rows[0]
 
 
 def distance(h, h_true):
-    """Fréchet distance of features, in per cent of the variance of the second ones."""
-    mean, cov = moments(h_true)
-    return 100 * fid.frechet_distance(*moments(h), mean, cov) / np.trace(cov)
+    """Fréchet distance of features (N, 128), in per cent of the variance of the second ones."""
+    a, b = h.double().numpy(), h_true.double().numpy()
+    scale = 100 / np.trace(np.cov(b.T))
+    return scale * fid.frechet_distance(a.mean(0), np.cov(a.T), b.mean(0), np.cov(b.T))
 
 
-def quality(x, y, h_true, y_true):
-    """Samples against the teacher's, which came from other noises -> distance; spread within the classes over
-    the teacher's, and recall, the share of the teacher's samples that lie among these: two signs of lost
-    modes."""
-    h = features(x)
-    return distance(h, h_true), spread(h, y) / spread(h_true, y_true), fid.precision_recall(h, h_true)[1]
+def spread(h, y):
+    """Mean squared distance of features (N, 128) to the mean of their class y (N,)."""
+    classes = [h[y == label] for label in LABELS]
+    return np.mean([(rows - rows.mean(0)).square().sum(1).mean().item() for rows in classes])
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Charts
-# -----------------------------------------------------------------------------------------------------------
-
-COLOURS = ["#c0392b", "#2c5aa0", "#2e8b57", "#8e6c1f"]
+def relative_error(x, phi):
+    """The mean of |x - φ| / |φ|. x, phi (N, 1, 28, 28)."""
+    return ((x - phi).flatten(1).norm(dim=1) / phi.flatten(1).norm(dim=1)).mean().item()
 
 
-def chart(path, lines, x_name, y_name, x_log=False, y_log=False, size=(760, 460)):
-    """lines: {name: (xs, ys, lows, highs or None, labels of the points or None)} -> a PNG."""
-    font, small = ImageFont.load_default(15), ImageFont.load_default(13)
-    image = Image.new("RGB", size, "white")
-    pen = ImageDraw.Draw(image)
-    left, top, right, bottom = 80, 24, size[0] - 24, size[1] - 60
-
-    def scale(values, log, low, high):
-        f, rounds = np.log10 if log else float, [m * 10.0 ** e for e in range(-6, 7) for m in (1, 2, 5)]
-        a, b = f(min(values)) if log else 0.0, f(max(values))                     # a linear axis starts at 0
-        a, b = a - (0.05 * (b - a) if log else 0), b + 0.08 * (b - a)
-        step = next(m for m in rounds if (b - a) / m <= 6)
-        marks = [m for m in rounds if a <= f(m) <= b] if log else [i * step for i in range(int(b / step) + 1)]
-        return (lambda v: low + (f(v) - a) / (b - a) * (high - low)), marks
-
-    X, x_marks = scale([v for line in lines.values() for v in line[0]], x_log, left, right)
-    heights = [v for line in lines.values() for part in line[1:4] if part for v in part]
-    Y, y_marks = scale(heights, y_log, bottom, top)
-    for v in x_marks:
-        pen.line([X(v), top, X(v), bottom], fill="#e6e6e6")
-        pen.text((X(v), bottom + 6), f"{v:g}", fill="black", font=small, anchor="ma")
-    for v in y_marks:
-        pen.line([left, Y(v), right, Y(v)], fill="#e6e6e6")
-        pen.text((left - 6, Y(v)), f"{v:g}", fill="black", font=small, anchor="rm")
-    pen.rectangle([left, top, right, bottom], outline="black")
-    pen.text(((left + right) / 2, size[1] - 26), x_name, fill="black", font=font, anchor="ma")
-    pen.text((left + 4, 4), y_name, fill="black", font=font)
-    for (name, (xs, ys, lows, highs, labels)), colour in zip(lines.items(), COLOURS):
-        if lows:
-            band = [(X(a), Y(b)) for a, b in zip(xs + xs[::-1], lows + highs[::-1])]
-            shade = Image.new("RGBA", size)
-            ImageDraw.Draw(shade).polygon(band, fill=colour + "40")
-            image.paste(shade, mask=shade)
-        points = [(X(a), Y(b)) for a, b in zip(xs, ys)]
-        pen.line(points, fill=colour, width=2)
-        for (a, b), label in zip(points, labels or [""] * len(points)):
-            pen.ellipse([a - 3, b - 3, a + 3, b + 3], fill=colour)
-            pen.text((a + 6, b - 16), label, fill=colour, font=small)
-    for i, (name, colour) in enumerate(zip(lines, COLOURS)):
-        pen.line([right - 230, top + 18 + 20 * i, right - 200, top + 18 + 20 * i], fill=colour, width=3)
-        pen.text((right - 192, top + 18 + 20 * i), name, fill="black", font=small, anchor="lm")
-    fid.write(path, lambda f: image.save(f, "PNG"))
-    print(f"wrote {path}")
+@torch.no_grad()
+def label_score(x, y):
+    """How much the label helps the teacher, noising x to r = 0.4 and 0.7, to predict x - n: its own
+    classifier (arXiv 2303.16203), for 4 evaluations. x (N, ...), y (N,) -> (N,), high is good."""
+    score = 0
+    for r in (0.4, 0.7):
+        n, t = noises("score", [r]), torch.full(y.shape, r)  # the same n for all: scores compare
+        x_r = (1 - r) * x + r * n
+        u_y, u_null = teacher(x_r, t, y), teacher(x_r, t, torch.full_like(y, NULL))
+        gain = (u_null - (x - n)).square() - (u_y - (x - n)).square()
+        score = score + gain.flatten(1).mean(1) / 2
+    return score
 
 
-# -----------------------------------------------------------------------------------------------------------
-# The findings
-# -----------------------------------------------------------------------------------------------------------
-
-def students(args, steps, flags):
-    """One student a seed, trained by a plain command where it is not there yet -> their networks."""
-    for seed in range(args.seeds):
-        name = flags.replace("--", "").replace(" ", "-") or "base"
-        out = args.out / f"{name}-{steps}x{args.batch}-{seed}"
-        command = (f"{BASE} --steps {steps} --batch {args.batch} --eval-samples 2 --seed {seed} "
-                   f"--out {out} {flags}")
-        if not (out / "student.pt").exists():
-            print(f"python fmd.py {command}", file=sys.stderr, flush=True)
-            with contextlib.redirect_stdout(io.StringIO()):
-                code = fmd.main(command.split())
-            if code or not (out / "student.pt").exists():                          # stopped by a signal
-                raise SystemExit(code or 1)
-        yield sit.load(out / "student.pt")[0]
-
-
+# ---- Tables ----
 def table(args, rows, steps):
-    """Train the students of each row, measure them, and print mean ± standard deviation over the seeds."""
-    _, y_true, x_true, _ = draw(by_teacher(16), args.samples, "truth")
-    _, y, phi, _ = draw(by_teacher(16), args.samples, "paired")
-    h_true = features(x_true)
+    """Train the students of each row, measure them, print mean ± standard deviation over the seeds.
+    The spread within classes over the teacher's, and the share of the teacher's samples that lie
+    among the student's (recall) fall with lost modes. Endpoint error: of the same noises."""
+    rows = [row for row in rows if any(words in row[0] for words in args.only)]
+    steps = args.steps or steps
+    x_true, y = draw(by_teacher(16), args.samples, "truth")
+    h_true, phi = features(x_true), draw(by_teacher(16), args.samples, "paired")[0]
     print(f"{steps} steps, batch {args.batch}, {args.seeds} seeds, {args.samples} samples\n\n"
           "| settings | distance, % | spread | recall | endpoint error | the paper's FID |\n"
           "|---|---|---|---|---|---|")
     for name, paper, flags in [("the teacher, other noises", "", None), *rows]:
         found = []
         for net in [None] if flags is None else students(args, steps, flags):
-            x = draw(fmd.one_step(net, "sit", 1.5), args.samples, "paired")[2] if net else phi
-            error = ((x - phi).flatten(1).norm(dim=1) / phi.flatten(1).norm(dim=1)).mean().item()
-            found.append((*quality(x, y, h_true, y_true), error))
-        found = np.array(found)                                                          # (seeds, 4)
-        both = (found.mean(0), found.std(0, ddof=1)) if len(found) > 1 else (found[0],)
-        cells = [" ± ".join(f"{v:.{digits}f}" for v in column)
-                 for column, digits in zip(zip(*both), (1, 2, 2, 3))]
-        print(f"| {name}{f' (`{flags}`)' if flags else ''} | {' | '.join(cells)} | {paper} |", flush=True)
+            x = draw(by_student(net), args.samples, "paired")[0] if net else phi
+            h = features(x)
+            found.append((distance(h, h_true), spread(h, y) / spread(h_true, y),
+                          fid.precision_recall(h, h_true)[1], relative_error(x, phi)))
+        cells = []
+        for values, digits in zip(np.array(found).T, (1, 2, 2, 3)):  # values: (seeds,)
+            deviation = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
+            cells.append(f"{values.mean():.{digits}f}{deviation}")
+        name += f" (`{flags}`)" if flags else ""
+        print(f"| {name} | {' | '.join(cells)} | {paper} |", flush=True)
 
 
-def objectives(args):
-    table(args, OBJECTIVES, args.steps or 900)
+def guidance(args):
+    print("| γ | the teacher's spread | its label score | student's spread | its label score | "
+          "distance to the teacher at that γ, % |\n|---|---|---|---|---|---|")
+    for gamma in (1.0, 1.25, 1.5, 1.75, 2.0):
+        x_true, y = draw(by_teacher(16, gamma), args.samples, "truth")
+        x, _ = draw(by_student(STUDENT, gamma), args.samples, "student")
+        h_true, h = features(x_true), features(x)
+        unit = spread(h_true, y) if gamma == 1 else unit
+        print(f"| {gamma} | {spread(h_true, y) / unit:.2f} | {label_score(x_true, y).mean():.4f} | "
+              f"{spread(h, y) / unit:.2f} | {label_score(x, y).mean():.4f} | "
+              f"{distance(h, h_true):.2f} |", flush=True)
 
 
-def settings(args):
-    rows = [row for row in SETTINGS if any(part in row[0] for part in args.only)]
-    table(args, rows, args.steps or 300)
+def search(args):
+    y, tries = torch.arange(args.images) % 10, args.tries
+    zs = [noises("search", [f"{i}/{j}" for i in range(args.images)]) for j in range(tries)]
+
+    def scores(sampler, zs=zs):  # (images, len(zs))
+        return torch.stack([label_score(sampler(z, y), y) for z in zs], 1)
+
+    def best_of(scores):  # of each image's noises the one with the highest score, as the teacher scores it
+        return slow.gather(1, scores.argmax(1, keepdim=True))
+
+    quick, slow = scores(by_student(STUDENT, 1.0)), scores(by_teacher(16, 1.0))
+    ranks = [values.argsort(1).argsort(1).numpy() for values in (quick, slow)]
+    rho = np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(*ranks)])
+    print(f"{args.images} images of {tries} noises, γ = 1; a score takes 4 evaluations\n"
+          f"rank correlation of one step with 16 Heun steps, mean over the images: {rho:.3f}\n\n"
+          "| noise | rollout | NFE an image | mean label score |\n|---|---|---|---|")
+    for name, steps, nfe, values in (
+            ("the first", 16, 32, slow[:, 0]),
+            ("the first", 32, 64, scores(by_teacher(32, 1.0), zs[:1])),
+            (f"best of {tries} by one step", 16, 32 + 5 * tries, best_of(quick)),
+            (f"best of {tries} by rollouts", 16, 36 * tries, best_of(slow))):
+        print(f"| {name} | Heun {steps} | {nfe} | {values.mean():.4f} |")
+
+
+# ---- Charts ----
+def chart(width, height, columns=1):  # inches
+    from matplotlib.figure import Figure  # draws with Agg; the tables need no matplotlib
+    figure = Figure((width, height), dpi=110, layout="constrained")
+    return figure, figure.subplots(1, columns)
+
+
+def states(u, z, steps):
+    """All states of a Heun rollout, from z to the sample -> (steps + 1, *z.shape)."""
+    calls = []
+    def recorded(x, t):
+        calls.append(x)
+        return u(x, t)
+    end = fmd.rollout(recorded, z, steps)
+    return torch.stack([*calls[::2], end])  # every second call of Heun starts a step
 
 
 def error(args):
     count = min(64, args.samples)
-    z, y = fmd.noise("error", range(count), SHAPE), torch.arange(count) % 10
-    gamma, deltas = torch.full((count,), 1.5), [i / 16 for i in range(1, 17)]
-    u = fmd.teacher_of(fmd.velocity_of(TEACHER, "sit"), 10, y, gamma)
-    path, lines = fmd.rollout(u, z, 64, path=True)[4::4], {}                      # (16, count, 1, 28, 28)
-    for name, flags in (("prediction alone", "--correction 0"), ("both", "")):
+    z, y, gamma = noises("error", range(count)), torch.arange(count) % 10, torch.full((count,), 1.5)
+    path = states(partial(fmd.guided, teacher, y=y, gamma=gamma, null=NULL), z, 64)
+    picture, axes = chart(7, 4.2)
+    deltas = torch.arange(1, 17) / 16
+    for name, flags, colour in (("prediction alone", "--correction 0", BLUE), ("both", "", RED)):
         curves = []
         for net in students(args, args.steps or 900, flags):
-            F = torch.no_grad()(fmd.student_of(fmd.velocity_of(net, "sit"), y, gamma))
-            maps = torch.stack([fmd.flow_map(F, z, torch.full_like(gamma, d)) for d in deltas])
-            curves.append(((maps - path).flatten(2).norm(dim=2) / path.flatten(2).norm(dim=2)).mean(1))
-        curves = torch.stack(curves)                                              # (seeds, 16)
-        mean, low, high = (a.tolist() for a in (curves.mean(0), curves.amin(0), curves.amax(0)))
-        lines[name] = (deltas, mean, low, high, None)
-        print(name, " ".join(f"{v:.3f}" for v in lines[name][1]))
-    chart(args.pictures / "error.png", lines, "duration (1: the sample)",
-          f"relative error of the student's map against 64 Heun steps; band: {args.seeds} seeds")
+            F = partial(fmd.average_velocity, partial(fmd.velocity_of, net), y=y, gamma=gamma)
+            maps = [fmd.flow_map(F, z, delta.expand(count)) for delta in deltas]
+            curves.append([relative_error(f, x) for f, x in zip(maps, path[4::4])])
+        curves = np.array(curves)  # (seeds, 16)
+        axes.plot(deltas, curves.mean(0), "o-", color=colour, markersize=4, label=name)
+        axes.fill_between(deltas, curves.min(0), curves.max(0), color=colour, alpha=0.25)
+        print(name, " ".join(f"{value:.3f}" for value in curves.mean(0)))
+    axes.set(xlim=(0, 1.02), ylim=(0, None), xlabel="duration δ", ylabel="relative error",
+             title=f"The student's map against 64 Heun steps; range of {args.seeds} seeds")
+    axes.legend(loc="upper left")
+    picture.savefig(args.pictures / "error.png")
 
 
 def speed(args):
-    _, y_true, x_true, _ = draw(by_teacher(32), args.samples, "truth")
-    h_true, student, lines = features(x_true), sit.load(HERE / "student-mnist.pt")[0], {}
+    h_true = features(draw(by_teacher(32), args.samples, "truth")[0])
+    computed = -(-args.samples // fmd.CHUNK) * fmd.CHUNK  # fmd.generate fills the last chunk
+    picture, axes = chart(7, 4.6)
     print("| | steps | NFE | images/s | distance, % |\n|---|---|---|---|---|")
-    for name in ("student", "teacher, Heun", "teacher, Euler"):
-        rates, distances, nfes = [], [], []
-        for steps in (1,) if name == "student" else (2, 4, 8, 16, 32):
-            solver = "euler" if "Euler" in name else "heun"
-            make = fmd.one_step(student, "sit", 1.5) if steps == 1 else by_teacher(steps, solver=solver)
-            nfe = 1 if steps == 1 else fmd.evaluations(steps, solver, 1.5)
-            draw(make, 1, "warm")
-            _, _, x, ms = draw(make, args.samples, "speed")
-            rates.append(1e3 / ms)
-            distances.append(distance(features(x), h_true))
-            nfes.append(str(nfe))
-            print(f"| {name} | {steps} | {nfe} | {rates[-1]:.1f} | {distances[-1]:.2f} |", flush=True)
-        lines[name] = (rates, distances, None, None, nfes)
-    chart(args.pictures / "speed.png", lines, "images/s, log", "distance to the teacher's samples, %, log; "
-          "at the points: network evaluations an image", True, True)
+    draw(by_student(STUDENT), 1, "warm-up")
+    for name, solver, calls, colour, shift in (  # calls a step: 2 for guidance, times 2 for Heun
+            ("student", "", 1, RED, (10, -10)), ("teacher, Heun", "heun", 4, BLUE, (-10, 6)),
+            ("teacher, Euler", "euler", 2, GREEN, (12, -10))):
+        points = []
+        for steps in (2, 4, 8, 16, 32) if solver else (1,):
+            sampler = by_teacher(steps, solver=solver) if solver else by_student(STUDENT)
+            clock = time.perf_counter()
+            x, _ = draw(sampler, args.samples, "speed")
+            rate = computed / (time.perf_counter() - clock)
+            points.append((rate, distance(features(x), h_true)))
+            print(f"| {name} | {steps} | {calls * steps} | {rate:.1f} | {points[-1][1]:.2f} |")
+            axes.annotate(calls * steps, points[-1], shift, textcoords="offset points",
+                          color=colour, ha="center")
+        axes.loglog(*zip(*points), "o-", color=colour, label=name)
+    axes.margins(0.12)
+    axes.set(xlabel="images per second", ylabel="distance to the teacher's samples, %",
+             title="Quality against speed; at the points: network evaluations an image")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    picture.savefig(args.pictures / "speed.png")
 
 
-def guidance(args):
-    student = sit.load(HERE / "student-mnist.pt")[0]
-    score, base = fmd.label_score(fmd.velocity_of(TEACHER, "sit"), 10), None
-    print("| γ | the teacher's spread | its label score | student's spread | its label score | distance to "
-          "the teacher at that γ, % |\n|---|---|---|---|---|---|")
-    for gamma in (1.0, 1.25, 1.5, 1.75, 2.0):
-        _, y, x_true, _ = draw(by_teacher(16, gamma), args.samples, "truth")
-        x = draw(fmd.one_step(student, "sit", gamma), args.samples, "student")[2]
-        h_true, h = features(x_true), features(x)
-        base = base or spread(h_true, y)                                                    # at γ = 1
-        d = distance(h, h_true)
-        cells = [f"{spread(a, y) / base:.2f} | {score(b, y).mean():.4f}"
-                 for a, b in ((h_true, x_true), (h, x))]
-        print(f"| {gamma} | {' | '.join(cells)} | {d:.2f} |", flush=True)
+# ---- 2-D points: a teacher in closed form ----
+CENTRES = 2.0 * torch.tensor([[1.0, 0.0], [-0.5, 0.87], [-0.5, -0.87]])
 
 
-def ranks(a):
-    return a.argsort(-1).argsort(-1).numpy()
+def blobs(x, t):
+    """The exact velocity u(x, t) of three blobs of width 0.3. x (B, 2), t (B,) -> (B, 2)."""
+    t = t[:, None, None]
+    away = x[:, None] - (1 - t) * CENTRES  # (B, 3, 2)
+    variance = (1 - t) ** 2 * 0.09 + t ** 2  # (B, 1, 1)
+    share = (-away.square().sum(2, keepdim=True) / (2 * variance)).softmax(1)  # (B, 3, 1)
+    return (share * (CENTRES + ((1 - t) * 0.09 - t) / variance * away)).sum(1)
 
 
-def search(args):
-    student = sit.load(HERE / "student-mnist.pt")[0]
-    score = fmd.label_score(fmd.velocity_of(TEACHER, "sit"), 10)
-    y, N = torch.arange(args.images) % 10, args.tries
-    zs = [fmd.noise("search", [f"{i}/{j}" for i in range(args.images)], SHAPE) for j in range(N)]
+class MLP(nn.Sequential):
+    def forward(self, x, t):
+        return super().forward(torch.cat([x, t[:, None]], 1))
 
-    def scores(make, zs=zs):                                                              # (images, len(zs))
-        return torch.stack([torch.cat([score(make(a, b), b) for a, b in zip(z.split(64), y.split(64))])
-                            for z in zs], 1)
 
-    quick, slow = scores(fmd.one_step(student, "sit", 1.0)), scores(by_teacher(16, 1.0))
-    finer = scores(by_teacher(32, 1.0), zs[:1])
-    rho = np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(ranks(quick), ranks(slow))])
-    print(f"{args.images} images of {N} noises, γ = 1; a score takes 4 evaluations of the teacher\n"
-          f"rank correlation of one step with 16 Heun steps, mean over the images: {rho:.3f}\n\n"
-          "| noise | rollout | NFE an image | mean label score |\n|---|---|---|---|")
-    for noise, steps, nfe, value in (
-            ("the first", 16, 32, slow[:, 0]), ("the first", 32, 64, finer[:, 0]),
-            (f"best of {N} by one step", 16, 32 + 5 * N, slow.gather(1, quick.argmax(1, keepdim=True))),
-            (f"best of {N} by rollouts", 16, 36 * N, slow.amax(1))):
-        print(f"| {noise} | Heun {steps} | {nfe} | {value.mean():.4f} |")
+def distil_blobs(steps):
+    """-> F, g. The training loop for a teacher of your own, here without labels."""
+    torch.manual_seed(0)
+    F, g = (MLP(nn.Linear(3, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 2))
+            for _ in range(2))
+    optimizer = torch.optim.Adam([*F.parameters(), *g.parameters()], betas=(0.9, 0.99))
+    for step in range(steps):
+        z, delta = torch.randn(192, 2), torch.rand(192)  # for prediction
+        z_c, n, r = torch.randn(64, 2), torch.randn(64, 2), torch.sigmoid(0.8 + torch.randn(64))
+        F_z, F_c = F(z, delta), F(z_c, torch.ones(64))
+        dF = fmd.duration_derivative(F, z, delta)
+        residual_G = fmd.prediction(F_z, dF, blobs, z, delta)
+        residual_N, online_loss = fmd.correction(F_c, blobs, g, z_c, n, r)
+        loss, _ = fmd.student_loss(F_z, residual_G, F_c, residual_N, k=0.5)
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, 2 - 2 * step / steps)
+        optimizer.zero_grad()
+        (loss + online_loss).backward()
+        optimizer.step()
+    return F.requires_grad_(False), g.requires_grad_(False)
+
+
+def example(args):
+    F, _ = distil_blobs(args.steps or 2000)
+    z = torch.randn(1000, 2)
+    paths, x = states(blobs, z, 100), fmd.flow_map(F, z, torch.ones(1000))
+    median = (x - paths[-1]).norm(dim=1).median().item()
+    print(f"one step against 100 Heun steps: median distance {median:.3f}, blobs of width 0.3")
+    picture, axes = chart(5.4, 5.4)
+    axes.plot(*paths[:, :60].unbind(2), color="lightgrey", linewidth=1)
+    axes.plot(*x.T, ".", color="crimson", markersize=5)
+    axes.set(aspect="equal", xlim=(-3.4, 3.4), ylim=(-3.4, 3.4), xticks=[], yticks=[])
+    picture.savefig(args.pictures / "points.png")
 
 
 def figure(args):
-    """The two residuals on 2-D points, with a student and a g that have not finished learning."""
-    centres = 2 * torch.tensor([[1.0, 0.0], [-0.5, 0.87], [-0.5, -0.87]])
+    """The two residuals on points, with a student and a g that have not finished learning."""
+    F, g = distil_blobs(300)
+    samples = fmd.flow_map(F, torch.randn(400, 2), torch.ones(400))
+    teacher_samples = fmd.rollout(blobs, torch.randn(400, 2), 64)
+    picture, (left, right) = chart(10, 4.95, columns=2)
+    for axes, bottom in ((left, 0.5), (right, -0.3)):
+        axes.plot(*teacher_samples.T, ".", color="#c8c8c8", markersize=4)
+        axes.plot(*samples.T, ".", color="#e9b3ac", markersize=4)
+        axes.set(aspect="equal", xticks=[], yticks=[], xlim=(0.7, 3.3), ylim=(bottom, bottom + 2.4))
 
-    def u(x, t):                                            # exact for three blobs of width 0.3
-        t = t[:, None, None]
-        away, var = x[:, None] - (1 - t) * centres, (1 - t) ** 2 * 0.09 + t ** 2
-        near = (-away.square().sum(2, keepdim=True) / (2 * var)).softmax(1)
-        return (near * (centres + ((1 - t) * 0.09 - t) / var * away)).sum(1)
+    def label(axes, x, text, shift, colour="black", marker="o"):
+        """A marker at x (1, 2) and a text, centred `shift` printer's points away from it."""
+        axes.plot(*x.T, marker, color=colour)
+        axes.annotate(text, x[0], shift, textcoords="offset points", color=colour, ha="center",
+                      va="center", bbox=dict(color="white", pad=0.5), zorder=3)
 
-    torch.manual_seed(0)
-    nets = [torch.nn.Sequential(torch.nn.Linear(3, 128), torch.nn.SiLU(), torch.nn.Linear(128, 128),
-                                torch.nn.SiLU(), torch.nn.Linear(128, 2)) for _ in range(2)]
-    F, g = (lambda x, t, net=net: net(torch.cat([x, t[:, None]], 1)) for net in nets)
-    opt = torch.optim.Adam([p for net in nets for p in net.parameters()], 2e-3)
-    for _ in range(300):
-        z, delta, n, r = torch.randn(256, 2), torch.rand(192), torch.randn(64, 2), torch.rand(64)
-        average, G, N, online = fmd.both(F, u, g, z, delta, n, r)
-        opt.zero_grad()
-        (fmd.student_loss(average, G, N, k=0.5)[0] + online).backward()
-        opt.step()
+    def arrows(axes, x, v, u, v_text, u_text, v_shift, u_shift):
+        """The velocities of student and teacher at x, and from tip to tip their difference."""
+        tails, vectors = torch.cat([x, x, x + u / 4]), torch.cat([v, u, v - u])
+        axes.quiver(*tails.T, *vectors.T, color=[RED, BLUE, "black"], angles="xy",
+                    scale_units="xy", scale=4, width=0.006, zorder=3)
+        label(axes, x + v / 4, v_text, v_shift, RED, marker="")
+        label(axes, x + u / 4, u_text, u_shift, BLUE, marker="")
 
-    W, H, font, small = 560, 420, ImageFont.load_default(15), ImageFont.load_default(14)
-    red, blue, black, scale = COLOURS[0], COLOURS[1], "black", 0.35
+    z, delta = torch.tensor([[2.2, 2.6]]), torch.tensor([0.5])
+    path = states(blobs, z, 64)[:, 0]
+    curve = fmd.flow_map(F, z.expand(65, 2), torch.linspace(0, 1, 65))
+    left.plot(*path.T, BLUE, *curve.T, RED)
+    f, dF = fmd.flow_map(F, z, delta), fmd.duration_derivative(F, z, delta)
+    u = blobs(f, 1 - delta)
+    v_G = u + fmd.prediction(F(z, delta), dF, blobs, z, delta)
+    arrows(left, f, v_G, u, "$v_G$", "$u(f, 1 - δ)$", (-14, 0), (-40, 0))
+    label(left, z, "$z$, noise: $t = 1$", (0, 14))
+    label(left, f, "$f(z, δ)$", (-28, 0), RED)
+    label(left, path[-1:], "teacher's sample, $t = 0$", (25, -16), BLUE)
+    label(left, curve[-1:], "student's, $f(z, 1)$", (-54, -14), RED)
+    left.set_title("prediction: $Δ_G = v_G - u$ (black), after duration δ")
 
-    def place(p):
-        return W / 2 + zoom * (p[0].item() - middle[0]), H / 2 + 15 - zoom * (p[1].item() - middle[1])
-
-    def dot(p, colour, name="", size=5, shift=(9, -8)):
-        x, y = place(p)
-        pen.ellipse([x - size, y - size, x + size, y + size], fill=colour)
-        pen.text((x + shift[0], y + shift[1]), name, fill=colour, font=small)
-
-    def arrow(a, b, colour, name="", shift=(8, -8)):
-        start, tip = torch.tensor(place(a)), torch.tensor(place(b))
-        along = (tip - start) / (tip - start).norm()
-        across = torch.stack([-along[1], along[0]])
-        pen.line([*start.tolist(), *(tip - 9 * along).tolist()], fill=colour, width=3)
-        corners = tip, tip - 12 * along + 5 * across, tip - 12 * along - 5 * across
-        pen.polygon([tuple(corner.tolist()) for corner in corners], fill=colour)
-        pen.text((tip[0].item() + shift[0], tip[1].item() + shift[1]), name, fill=colour, font=small)
-
-    def three(p, v_student, v_teacher, names, shifts):
-        arrow(p, p + scale * v_student, red, names[0], shifts[0])
-        arrow(p, p + scale * v_teacher, blue, names[1], shifts[1])
-        arrow(p + scale * v_teacher, p + scale * v_student, black)
-
-    z, n, r = torch.tensor([[0.6, 2.2]]), torch.tensor([[1.6, 1.9]]), torch.tensor([0.4])
-    deltas, delta = torch.linspace(0, 1, 65), torch.tensor([0.55])
-    with torch.no_grad():
-        true, panels = fmd.rollout(u, torch.randn(400, 2), 64), []
-        samples = fmd.flow_map(F, torch.randn(400, 2), torch.ones(400))
-        for zoom, middle, title in (
-                (190, (-0.35, 1.75), "prediction: v_G - u (black), where the student is after duration d"),
-                (150, (1.6, 0.75), "correction: v_N - u (black), at a noised sample of the student's")):
-            panels.append(Image.new("RGB", (W, H), "white"))
-            pen = ImageDraw.Draw(panels[-1])
-            for points, colour in ((true, "#c8c8c8"), (samples, "#e9b3ac")):
-                for p in points:
-                    dot(p, colour, size=2)
-            pen.rectangle([0, 0, W - 1, H - 1], outline="#c8c8c8")
-            pen.text((12, 8), title, fill="black", font=font)
-            if len(panels) == 1:
-                path = fmd.rollout(u, z, 64, path=True)[:, 0]
-                student = fmd.flow_map(F, z.expand(65, 2), deltas)
-                for curve, colour in ((path, blue), (student, red)):
-                    pen.line([place(p) for p in curve], fill=colour, width=2, joint="curve")
-                average, residual = fmd.prediction(F, u, z, delta)
-                f = z + delta * average
-                true_u = u(f, 1 - delta)
-                dot(z[0], black, "z, noise: t = 1")
-                dot(path[-1], blue, "teacher's sample, t = 0", shift=(-60, -26))
-                dot(student[-1], red, "student's, f(z, 1)", shift=(-122, -8))
-                dot(f[0], red, "f(z, d)", shift=(6, -24))
-                three(f[0], (residual + true_u)[0], true_u[0], ("v_G", "u(f, 1 - d)"), ((-10, 8), (-30, -24)))
-            else:
-                x = samples[(samples - centres[0]).norm(dim=1).argmin()][None]
-                x_r = fmd.interpolate(x, n, r)
-                pen.line([place(x[0]), place(n[0])], fill="#888888")
-                dot(x[0], red, "x = f(z, 1)", shift=(-84, -8))
-                dot(n[0], black, "n, fresh noise")
-                dot(x_r[0], black, "x_r", shift=(-30, -8))
-                three(x_r[0], g(x_r, r)[0], u(x_r, r)[0], ("v_N, from g", "u(x_r, r)"), ((8, -8), (8, 4)))
-    image = Image.new("RGB", (2 * W, H))
-    for i, panel in enumerate(panels):
-        image.paste(panel, (i * W, 0))
-    fid.write(args.pictures / "objectives.png", lambda f: image.save(f, "PNG"))
-    print(f"wrote {args.pictures / 'objectives.png'}")
+    n, r = torch.tensor([[1.6, 1.9]]), torch.tensor([0.4])
+    x = samples[(samples - CENTRES[0]).norm(dim=1).argmin()][None]
+    x_r = (1 - r) * x + r * n
+    right.plot(*torch.cat([x, n]).T, color="#888888")
+    v_N, u = g(x_r, r), blobs(x_r, r)
+    arrows(right, x_r, v_N, u, "$v_N$, from $g$", "$u(x_r, r)$", (38, 2), (32, -6))
+    label(right, x, "$x = f(z, 1)$", (-38, 0), RED)
+    label(right, n, "$n$, fresh noise", (0, 14))
+    label(right, x_r, "$x_r$", (-16, 0))
+    right.set_title("correction: $Δ_N = v_N - u$ (black), at a noised sample")
+    picture.savefig(args.pictures / "objectives.png")
 
 
 def main(argv=None):
-    findings = {f.__name__: f for f in (objectives, settings, error, speed, guidance, search, figure)}
+    findings = {f.__name__: f for f in (error, speed, guidance, search, figure, example)}
+    findings["objectives"] = partial(table, rows=OBJECTIVES, steps=900)
+    findings["settings"] = partial(table, rows=SETTINGS, steps=300)
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=findings)
-    parser.add_argument("--steps", type=int, help="of each student (900, settings: 300)")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--samples", type=int, default=1000)
-    parser.add_argument("--images", type=int, default=100, help="of search")
-    parser.add_argument("--tries", type=int, default=8, help="noises an image, of search")
-    parser.add_argument("--only", nargs="+", default=[""], help="rows of settings with this in their names")
-    parser.add_argument("--out", type=Path, default=Path("out/findings"), help="of students; kept")
-    parser.add_argument("--pictures", type=Path, default=HERE)
+    add = parser.add_argument
+    add("what", choices=findings)
+    add("--steps", type=int, help="of each student (900; settings 300; example 2000)")
+    add("--batch", type=int, default=32)
+    add("--seeds", type=int, default=3)
+    add("--samples", type=int, default=1000)
+    add("--images", type=int, default=100, help="of search")
+    add("--tries", type=int, default=8, help="noises an image, of search")
+    add("--only", nargs="+", default=[""], help="rows of a table with this in their names")
+    add("--out", type=Path, default=Path("out/findings"), help="folder of the students")
+    add("--pictures", type=Path, default=HERE, help="folder of the charts")
     args = parser.parse_args(argv)
-    fmd.keep_freed_memory()
     findings[args.what](args)
 
 
