@@ -1471,17 +1471,6 @@ def test_compiled_step_is_static_and_equal(work, monkeypatch, extra):
     assert graphs[0] == graphs[-1] <= 6 and not counters["graph_break"], (graphs, counters["graph_break"])
     assert extra == ["--bf16"] or apart("eager/ckpt.pt", "compiled/ckpt.pt") < 1e-5
 
-def test_compiled_with_several_processes(work):
-    Path("driver.py").write_text("import sys, torch, functools\n"
-                                 "torch.compile = functools.partial(torch.compile, backend='aot_eager')\n"
-                                 "import fmd\n"
-                                 "sys.exit(fmd.main(sys.argv[1:]))\n")
-    args = [*SMALL, "--steps", 3, "--derivative", "jvp", "--optimizer", "adamw", "--checkpointing"]
-    assert run(*args, "--out", "one") == 0
-    done = torchrun(2, *args, "--compile", "--out", "two", script="driver.py")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert apart("one/ckpt.pt", "two/ckpt.pt") < 1e-5
-
 def test_bfloat16_keeps_the_direction_of_the_gradients():
     """Cosine of w Δ_G and w Δ_N, bf16 against float32; bundled teacher and student, the teacher as g."""
     names = HERE / "assets/teacher-mnist.pt", HERE / "assets/student-mnist.pt"

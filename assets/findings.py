@@ -187,11 +187,9 @@ def guidance(args):
 def search(args):
     y, tries = torch.arange(args.images) % 10, args.tries
     zs = [noises("search", [f"{i}/{j}" for i in range(args.images)]) for j in range(tries)]
-
     def scores(sampler, zs=zs):  # (images, len(zs))
         return torch.stack([label_score(sampler(z, y), y) for z in zs], 1)
-
-    def best_of(scores):  # of each image's noises the one with the highest score, as the teacher scores it
+    def best_of(scores):  # each image's noise with the highest score, by its rollout's score
         return slow.gather(1, scores.argmax(1, keepdim=True))
 
     quick, slow = scores(by_student(STUDENT, 1.0)), scores(by_teacher(16, 1.0))
@@ -254,8 +252,8 @@ def speed(args):
     print("| | steps | NFE | images/s | distance, % |\n|---|---|---|---|---|")
     draw(by_student(STUDENT), 1, "warm-up")
     for name, solver, calls, colour, shift in (  # calls a step: 2 for guidance, times 2 for Heun
-            ("student", "", 1, RED, (10, -10)), ("teacher, Heun", "heun", 4, BLUE, (-10, 6)),
-            ("teacher, Euler", "euler", 2, GREEN, (12, -10))):
+            ("student", "", 1, RED, (6, -13)), ("teacher, Heun", "heun", 4, BLUE, (-18, 6)),
+            ("teacher, Euler", "euler", 2, GREEN, (6, -13))):
         points = []
         for steps in (2, 4, 8, 16, 32) if solver else (1,):
             sampler = by_teacher(steps, solver=solver) if solver else by_student(STUDENT)
@@ -264,8 +262,7 @@ def speed(args):
             rate = computed / (time.perf_counter() - clock)
             points.append((rate, distance(features(x), h_true)))
             print(f"| {name} | {steps} | {calls * steps} | {rate:.1f} | {points[-1][1]:.2f} |")
-            axes.annotate(calls * steps, points[-1], shift, textcoords="offset points",
-                          color=colour, ha="center")
+            axes.annotate(calls * steps, points[-1], shift, textcoords="offset points", color=colour)
         axes.loglog(*zip(*points), "o-", color=colour, label=name)
     axes.margins(0.12)
     axes.set(xlabel="images per second", ylabel="distance to the teacher's samples, %",
@@ -370,8 +367,7 @@ def figure(args):
     x = samples[(samples - CENTRES[0]).norm(dim=1).argmin()][None]
     x_r = (1 - r) * x + r * n
     right.plot(*torch.cat([x, n]).T, color="#888888")
-    v_N, u = g(x_r, r), blobs(x_r, r)
-    arrows(right, x_r, v_N, u, "$v_N$, from $g$", "$u(x_r, r)$", (38, 2), (32, -6))
+    arrows(right, x_r, g(x_r, r), blobs(x_r, r), "$v_N$, from $g$", "$u(x_r, r)$", (38, 2), (32, -6))
     label(right, x, "$x = f(z, 1)$", (-38, 0), RED)
     label(right, n, "$n$, fresh noise", (0, 14))
     label(right, x_r, "$x_r$", (-16, 0))
