@@ -240,7 +240,7 @@ def error(args):
         axes.fill_between(deltas, curves.min(0), curves.max(0), color=colour, alpha=0.25)
         print(name, " ".join(f"{value:.3f}" for value in curves.mean(0)))
     axes.set(xlim=(0, 1.02), ylim=(0, None), xlabel="duration δ", ylabel="relative error",
-             title=f"The student's map against 64 Heun steps; range of {args.seeds} seeds")
+             title=f"The student's map against 64 Heun steps; band: {args.seeds} seeds")
     axes.legend(loc="upper left")
     picture.savefig(args.pictures / "error.png")
 
@@ -254,16 +254,16 @@ def speed(args):
     for name, solver, calls, colour, shift in (  # calls a step: 2 for guidance, times 2 for Heun
             ("student", "", 1, RED, (6, -13)), ("teacher, Heun", "heun", 4, BLUE, (-18, 6)),
             ("teacher, Euler", "euler", 2, GREEN, (6, -13))):
-        points = []
+        dots = []
         for steps in (2, 4, 8, 16, 32) if solver else (1,):
             sampler = by_teacher(steps, solver=solver) if solver else by_student(STUDENT)
             clock = time.perf_counter()
             x, _ = draw(sampler, args.samples, "speed")
             rate = computed / (time.perf_counter() - clock)
-            points.append((rate, distance(features(x), h_true)))
-            print(f"| {name} | {steps} | {calls * steps} | {rate:.1f} | {points[-1][1]:.2f} |")
-            axes.annotate(calls * steps, points[-1], shift, textcoords="offset points", color=colour)
-        axes.loglog(*zip(*points), "o-", color=colour, label=name)
+            dots.append((rate, distance(features(x), h_true)))
+            print(f"| {name} | {steps} | {calls * steps} | {rate:.1f} | {dots[-1][1]:.2f} |")
+            axes.annotate(calls * steps, dots[-1], shift, textcoords="offset points", color=colour)
+        axes.loglog(*zip(*dots), "o-", color=colour, label=name)
     axes.margins(0.12)
     axes.set(xlabel="images per second", ylabel="distance to the teacher's samples, %",
              title="Quality against speed; at the points: network evaluations an image")
@@ -367,7 +367,7 @@ def figure(args):
     x = samples[(samples - CENTRES[0]).norm(dim=1).argmin()][None]
     x_r = (1 - r) * x + r * n
     right.plot(*torch.cat([x, n]).T, color="#888888")
-    arrows(right, x_r, g(x_r, r), blobs(x_r, r), "$v_N$, from $g$", "$u(x_r, r)$", (38, 2), (32, -6))
+    arrows(right, x_r, g(x_r, r), blobs(x_r, r), "$v_N$ of $g$", "$u(x_r, r)$", (38, 2), (32, -6))
     label(right, x, "$x = f(z, 1)$", (-38, 0), RED)
     label(right, n, "$n$, fresh noise", (0, 14))
     label(right, x_r, "$x_r$", (-16, 0))
