@@ -4,9 +4,8 @@
 A pretrained flow model (the teacher) makes a sample by integrating its velocity from noise to data,
 in tens to hundreds of network evaluations. A flow map (the student) jumps along the same path in one.
 This file distils one into the other without data: training states come from the prior, where all
-paths start, or are the student's own predictions from there. *Prediction* trains the student's path
-to follow the teacher's velocity; *correction* trains its samples, noised again, to flow as the
-teacher's would.
+paths start, or are the student's own predictions. *Prediction* makes the student's path follow the
+teacher's velocity. *Correction* matches the velocity of the student's noised samples to the teacher's.
 
 Time: t = 1 IS NOISE, t = 0 IS DATA. Velocities point in the generating direction, from noise to data.
 
@@ -16,15 +15,16 @@ Time: t = 1 IS NOISE, t = 0 IS DATA. Velocities point in the generating directio
   γ          gamma; gw           guidance strength, 1 is none; its embedder          (B,)
   t          t                   time                                                (B,), 0 to 1
   δ          delta; dt           duration, from t = 1 to 1 - δ; its embedder         (B,), 0 to 1
-  u(x, t)    u                   the teacher's velocity dx/d(1-t)                    like x
+  u(x, t)    u                   the teacher's velocity, dx/dδ along its path        like x
   F(z, δ)    F; F_z, F_p, F_c    the student: average velocity over the first δ of
                                  the path from z. F is the function, F_z a value     like z
-  f(z, δ)    flow_map(F, z, δ)   z + δ F(z, δ), the path after δ; f(z, 1) is a sample like z
-  v_G        v_G                 F + δ ∂F/∂δ, the student's velocity along its path  like z
+  ∂F/∂δ      dF                  its derivative in δ at fixed z                      like z
+  f(z, δ)    flow_map(F_z, z, δ) z + δ F(z, δ), the path after δ; f(z, 1) is a sample like z
+  v_G        v_G                 ∂f/∂δ = F + δ ∂F/∂δ, the generating velocity        like z
   n, r       n, r                fresh noise; the time to which it noises a sample x like x; (B,)
   x_r        x_r                 I_r(x, n) = (1 - r) x + r n                         like x
-  v_N(x, r)  v_N                 E[x - n | x_r]; for the teacher's samples it is u   like x
-  g(x, r)    g, "online"         network that learns v_N while the student changes   like x
+  v_N        v_N                 E[x - n | x_r], the noising velocity of samples x   like x
+  g(x_r, r)  g, "online"         network that learns v_N while the student changes   like x
   Δ_G, Δ_N   residual_G, _N      student minus teacher: v_G - u, v_N - u             like x
   w, λ       weighted, lam       weight of a sample; of correction                   (B,); ()
 
@@ -38,7 +38,6 @@ Launch:
 import argparse
 import hashlib
 import json
-import math
 import os
 import re
 import signal
@@ -51,11 +50,10 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel as DDP
-from torch.nn.utils import clip_grad_norm_ as clip
-from torchvision.utils import make_grid
+from torch.nn.utils import clip_grad_norm_
+from torchvision.utils import save_image
 from tqdm import tqdm
 
 import sit
@@ -66,9 +64,8 @@ GPU = torch.cuda.is_available()
 CHUNK = 128 if GPU else 64  # samples computed at a time
 
 
-# ---- 1. Settings. [paper]: the paper's value. [ours]: the paper is silent ----
-
-# How the presets of --res differ from the defaults below [ours].
+# ---- 1. Settings. [paper]: the paper's value; of the others it is silent, and they are ours ----
+# How the presets of --res differ from the defaults below.
 PRESETS = {
     28: dict(teacher=str(ASSETS / "teacher-mnist.pt"), steps=1500, batch=32, lr=1e-3,
              online_lr=1e-3, warmup=20, decay_from=0.3, ema=0.995, derivative="fd",
@@ -76,39 +73,39 @@ PRESETS = {
              eval_every=500, ckpt_every=500),
     256: dict(teacher="SiT-XL/2"), 512: dict(teacher="SiT-XL/2-512"),
 }
-# A run resumes only with the same values of these, its mathematics.
-FIXED = """res teacher convention batch correction k alpha gamma interval cut
-r_location r_scale derivative optimizer lr online_lr warmup decay_from ema seed bf16"""
+# A run resumes only with the same values of these.
+FIXED = """res teacher convention batch correction k alpha gamma interval cut r_location r_scale
+derivative optimizer lr online_lr warmup decay_from ema seed bf16""".split()
 
 
 def settings(parser):
-    """All flags: name, default, meaning."""
+    """All flags: name, default at 256 and 512, meaning."""
     def add(flag, default, meaning, kind=None, **more):
-        kind = kind or type(default)
+        kind, meaning = kind or type(default), f"{meaning} (%(default)s)"
         parser.add_argument(flag, type=kind, default=default, help=meaning, **more)
-    add("--res", 28, "image side, 28 is MNIST", choices=PRESETS)
-    add("--teacher", "", "a file, a name in sit.RELEASED or a URL")
-    add("--vae", "sd-vae-ft-ema", "decoder of latents, likewise")
-    add("--convention", "auto", "clock and sign", choices=("auto", "sit", "repa"))
-    add("--out", "", "output folder (default: out/RES)")
+    add("--res", 28, "image side; 28 has other defaults", choices=PRESETS)
+    add("--teacher", "", "file, name in sit.RELEASED or URL")
+    add("--vae", "sd-vae-ft-ema", "decoder, likewise")
+    add("--convention", "auto", "the teacher's clock and sign", choices=("auto", "sit", "repa"))
+    add("--out", "", "folder; default: out/RES")
     add("--steps", 100_000, "optimiser steps [paper]")
     add("--batch", 256, "samples a step [paper]")
     add("--correction", 0.25, "its share of the batch [paper]")
     add("--k", 1.0, "exponent of the weights [paper]")
     add("--alpha", 1.0, "strength of correction [paper]")
-    add("--gamma", [1.0, 2.0], "γ in training [ours]", float, nargs=2)
-    add("--interval", [0.0, 1.0], "t with guidance [ours]", float, nargs=2)
-    add("--cut", 0.7, "last r with guidance in correction [paper]")
-    add("--r-location", 0.8, "r ~ LogitNormal: location [paper]")
-    add("--r-scale", 1.0, "and scale [ours]")
+    add("--gamma", [1.0, 2.0], "range of γ in training", float, nargs=2)
+    add("--interval", [0.0, 1.0], "t guided, but in correction", float, nargs=2)
+    add("--cut", 0.7, "largest r guided in correction [paper]")
+    add("--r-location", 0.8, "location of r's logit [paper]")
+    add("--r-scale", 1.0, "scale of r's logit")
     add("--derivative", "jvp", "∂F/∂δ", choices=("jvp", "fd"))
     add("--optimizer", "adamw", "see make_optimizers", choices=("adamw", "muon"))
-    add("--lr", 1e-4, "peak rate of the student [ours]")
-    add("--online-lr", 1e-4, "peak rate of g [ours]")
-    add("--warmup", 1000, "steps of linear warm-up [ours]")
-    add("--decay-from", 1.0, "share of the steps before decay [ours]")
-    add("--ema", 0.9999, "decay of the average [ours]")
-    add("--seed", 0, "(seed, step, purpose) keys every draw")
+    add("--lr", 1e-4, "peak rate of the student")
+    add("--online-lr", 1e-4, "peak rate of g")
+    add("--warmup", 1000, "steps of linear warm-up")
+    add("--decay-from", 1.0, "share of steps before decay")
+    add("--ema", 0.9999, "decay of the average")
+    add("--seed", 0, "of every draw")
     add("--eval-samples", 64, "noises of the endpoint error")
     add("--log-every", 50, "steps between log lines")
     add("--eval-every", 5000, "steps between endpoint errors")
@@ -117,14 +114,14 @@ def settings(parser):
     switch = partial(parser.add_argument, action=argparse.BooleanOptionalAction)
     switch("--bf16", default=GPU, help="networks compute in bfloat16")
     switch("--compile", default=GPU, help="torch.compile blocks, derivative")
-    switch("--checkpointing", help="recompute activations (default: by memory)")
-    add("--sample", 0, "only make N samples of the student")
-    add("--rollout", 0, "only make N samples of the teacher")
-    add("--ckpt", "", "the student (default: OUT/student.pt)")
+    switch("--checkpointing", help="recompute activations; default: by memory")
+    add("--sample", 0, "N samples of the student")
+    add("--rollout", 0, "N samples of the teacher")
+    add("--ckpt", "", "student; default: OUT/student.pt")
     add("--guidance", 1.5, "γ of the samples")
-    add("--labels", "balanced", "of the samples: balanced, 7 or 0-9")
-    add("--solver", "heun", "of the rollout", choices=("heun", "euler"))
-    add("--rollout-steps", 32, "of the rollout")
+    add("--labels", "balanced", "balanced, 7 or 0-9")
+    add("--solver", "heun", "solver of the rollout", choices=("heun", "euler"))
+    add("--rollout-steps", 32, "steps of the rollout")
 
 
 # ---- 2. The prior: every random number of a step ----
@@ -136,9 +133,9 @@ def generator(device, *key):
 
 def prior(count, key, shape, classes, gamma, r, device="cpu", rank=0, world=1):
     """Draws for `count` rows of one step -> a namespace of tensors.
-    z and n (b, *shape) ~ N(0, I), y (b,) in [0, classes), gamma (b,) ~ U(*gamma), delta (b,) ~
-    U(0, 1), r (b,) ~ LogitNormal(*r). A process draws all rows and keeps b = count / world of them,
-    so that the number of processes does not change the draws."""
+    z, n (b, *shape) ~ N(0, I), y (b,) in [0, classes), gamma (b,) ~ U(*gamma), delta (b,) ~ U(0, 1),
+    r (b,) ~ LogitNormal(*r). Prediction ignores n and r, correction delta. A process draws all rows
+    and keeps b = count / world of them: the draws do not depend on the number of processes."""
     source = generator(device, *key)
     normal = partial(torch.randn, generator=source, device=device)
     uniform = partial(torch.rand, generator=source, device=device)
@@ -148,7 +145,8 @@ def prior(count, key, shape, classes, gamma, r, device="cpu", rank=0, world=1):
                  gamma=low + (high - low) * uniform(count),
                  r=torch.sigmoid(location + scale * normal(count)))
     mine = slice(rank * count // world, (rank + 1) * count // world)
-    return SimpleNamespace(**{name: value[mine] for name, value in draws.items()})
+    # Copies: torch.compile cannot trace a JVP in a slice of a larger tensor.
+    return SimpleNamespace(**{k: v[mine].clone() for k, v in draws.items()})
 
 
 # ---- 3. The teacher: a guided velocity and its rollout ----
@@ -164,14 +162,13 @@ def guided(velocity, x, t, y, gamma, null, interval=(0.0, 1.0)):
     low, high = interval
     gamma = torch.where((low <= t) & (t <= high), gamma, 1.0)
     labels = torch.cat([y, torch.full_like(y, null)])
-    both = velocity(torch.cat([x, x]), torch.cat([t, t]), labels)  # (2B, ...)
-    u_y, u_null = both.chunk(2)
+    u_y, u_null = velocity(torch.cat([x, x]), torch.cat([t, t]), labels).chunk(2)  # of (2B, ...)
     return u_null + expand(gamma, x) * (u_y - u_null)
 
 
 @torch.no_grad()
 def rollout(u, z, steps, solver="heun"):
-    """Integrate dx/d(1-t) = u(x, t) from z at t = 1 to t = 0 on a uniform grid -> like z (B, ...).
+    """Integrate dx/dδ = u(x, 1 - δ) from z at δ = 0 to δ = 1 on a uniform grid -> like z (B, ...).
     Euler calls u(x, t), of x (B, ...) and t (B,), once a step, Heun twice."""
     x = z
     for i in range(steps):
@@ -184,9 +181,9 @@ def rollout(u, z, steps, solver="heun"):
 
 
 # ---- 4. The student: a flow map and its derivative ----
-def flow_map(F, z, delta):
-    """f(z, δ) = z + δ F(z, δ). At δ = 1 it is a sample, in one evaluation. z (B, ...), delta (B,)."""
-    return z + expand(delta, z) * F(z, delta)
+def flow_map(F_z, z, delta):
+    """f(z, δ) = z + δ F(z, δ); at δ = 1 a sample. F_z = F(z, δ) and z (B, ...), delta (B,)."""
+    return z + expand(delta, z) * F_z
 
 
 @torch.no_grad()
@@ -194,8 +191,8 @@ def duration_derivative(F, z, delta, F_z=None, method="jvp", h=5e-3):
     """∂F/∂δ at fixed z, without gradient. z (B, ...), delta (B,) -> like z.
     jvp: forward mode with tangent 1 on δ and 0 on z, exact. Fused attention has no forward
     derivative, so this call takes the plain kernel. fd: backward difference with an error of O(h).
-    F_z = F(z, δ), if at hand, saves it an evaluation. It needs float32: in bfloat16 the rounding of
-    F over h is as large as F. (δ < h calls F with a negative δ; there the factor δ is about 0.)"""
+    F_z = F(z, δ), if at hand, saves it an evaluation. fd needs float32: the rounding of bfloat16,
+    divided by h, is as large as F. (A negative δ - h is harmless: v_G multiplies this by δ.)"""
     if method == "fd":
         F_z = F(z, delta) if F_z is None else F_z
         return (F_z - F(z, delta - h)) / h
@@ -210,18 +207,17 @@ def prediction(F_z, dF, u, z, delta):
     A perfect student has δ F(z, δ) = ∫ u along the path. The derivative of both sides in δ is
     F + δ ∂F/∂δ = u(f, 1 - δ): the teacher's velocity at the *student's* own state. F_z = F(z, δ)
     and dF = ∂F/∂δ are like z (B, ...), delta (B,); u(x, t) is the teacher."""
-    f = z + expand(delta, z) * F_z
     v_G = F_z + expand(delta, z) * dF
-    return v_G - u(f, 1 - delta)
+    return v_G - u(flow_map(F_z, z, delta), 1 - delta)
 
 
 def correction(F_z, u, g, z, n, r):
     """Correction (paper, Eq. 10 and 11): the residual Δ_N = v_N - u at noised samples, like z; and
-    the loss of g. v_N has no formula: g(x, r) learns it online, by flow matching on the student's
-    samples, and one call gives both. Δ_N is r / (1 - r) times the student's score minus the
-    teacher's, both noised to r: moving samples along -Δ_N lowers the KL divergence of the student
-    from the teacher (exactly so at γ = 1). F_z = F(z, 1), z, n (B, ...); r (B,); u(x, t)."""
-    x = (z + F_z).detach()  # f(z, 1), the data of g
+    the loss of g. v_N has no formula: the network g(x_r, r) learns it by flow matching on the
+    student's samples. Δ_N is r / (1 - r) times the student's score minus the teacher's, both at
+    noise r: moving samples along -Δ_N lowers the KL divergence of the noised distributions (exactly
+    so at γ = 1). F_z = F(z, 1), z, n (B, ...); r (B,); u(x, t)."""
+    x = flow_map(F_z, z, torch.ones_like(r)).detach()  # the data of g
     x_r = (1 - expand(r, x)) * x + expand(r, x) * n
     v_N = g(x_r, r)
     online_loss = (v_N - (x - n)).square().mean()  # moves g alone
@@ -229,17 +225,17 @@ def correction(F_z, u, g, z, n, r):
 
 
 def weighted(residual, k=1.0, eps=1e-3):
-    """w Δ, with w = 1 / (|Δ|²/d + ε)^k for a sample of d dimensions: a few large residuals do not
+    """w Δ, with w = 1 / (|Δ|²/d + ε)^k for a sample of d numbers: a few large residuals do not
     outweigh the rest (paper, Table 1; ε is ours)."""
     size = residual.flatten(1).square().mean(1)  # (B,)
     return residual / expand((size + eps) ** k, residual)
 
 
-def student_loss(F_p, residual_G, F_c, residual_N, k=1.0, alpha=1.0, mean=torch.mean, eps=1e-6):
-    """The mean of F · sg(w Δ_G) over prediction's rows and F · sg(λ w Δ_N) over correction's; λ.
-    Its gradient in F is w Δ: descent moves F against its residual. λ = α E|w Δ_G| / (E|w Δ_N| + ε)
-    makes the mean norms equal at α = 1 [paper; after the weights: ours]. `mean` must be over all
-    processes, or λ depends on their number. One objective alone has λ = α."""
+def student_loss(F_p, residual_G, F_c, residual_N, k=1, alpha=1, mean=torch.mean, eps=1e-6):
+    """-> loss, λ. The loss is one mean over both parts of the batch, F_p · sg(w Δ_G) of shape
+    (P, ...) and F_c · sg(λ w Δ_N) of shape (C, ...). Its gradient in F is proportional to w Δ, so
+    descent moves F against its residual. λ = α E|w Δ_G| / (E|w Δ_N| + ε), or α if a part is empty,
+    makes the mean norms equal at α = 1 [paper; after w: ours]. Give a `mean` over all processes."""
     G, N = weighted(residual_G, k).detach(), weighted(residual_N, k).detach()  # sg
     lam = G.new_full((), alpha)
     if len(G) and len(N):
@@ -269,66 +265,6 @@ def average_velocity(velocity, z, delta, y, gamma):
 
 
 # ---- 7. The training loop ----
-def learning_rate(step, s):
-    """Factor on the peak rates: linear warm-up, then constant, then a linear fall to zero."""
-    fall = (s.steps - step) / max(1.0, s.steps * (1 - s.decay_from))
-    return min((step + 1) / (s.warmup + 1), 1.0, fall)
-
-
-def train(s):
-    """Distil. Writes student.pt, ckpt.pt, metrics.jsonl and samples.png to s.folder."""
-    run = start(s)  # networks, optimisers, the last checkpoint
-    teacher, student, null = run.teacher, run.student, run.classes
-    draw = partial(prior, shape=run.shape, classes=run.classes, gamma=s.gamma,
-                   r=(s.r_location, s.r_scale), device=run.device, rank=RANK, world=WORLD)
-    signals = []
-    for number in (signal.SIGTERM, signal.SIGINT):  # obeyed after the step
-        signal.signal(number, lambda number, frame: signals.append(number))
-    for step in tqdm(range(run.step, s.steps), file=sys.stdout, disable=None):
-        # The prior: p are the rows for prediction, c those for correction, where δ = 1.
-        p = draw(s.batch - s.corrected, key=(s.seed, step, "prediction"))
-        c = draw(s.corrected, key=(s.seed, step, "correction"))
-
-        # The student's average velocity, with gradient; its derivative in δ, without.
-        F_p = average_velocity(student, p.z, p.delta, p.y, p.gamma)
-        F_c = average_velocity(student, c.z, torch.ones_like(c.r), c.y, c.gamma)
-        F = partial(average_velocity, run.bare, y=p.y, gamma=p.gamma)
-        dF = run.derivative(F, p.z, p.delta, None if s.bf16 else F_p.detach(), s.derivative)
-
-        # Teacher and g. Correction's guidance ends at the cut. g sees γ, like the student [ours].
-        u_p = partial(guided, teacher, y=p.y, gamma=p.gamma, null=null, interval=s.interval)
-        u_c = partial(guided, teacher, y=c.y, gamma=c.gamma, null=null, interval=(0.0, s.cut))
-        g = partial(run.online, y=c.y, gw=c.gamma)
-
-        residual_G = prediction(F_p, dF, u_p, p.z, p.delta)
-        residual_N, online_loss = correction(F_c, u_c, g, c.z, c.n, c.r)
-        loss, lam = student_loss(F_p, residual_G, F_c, residual_N, s.k, s.alpha, mean_of_all)
-        (loss + online_loss).backward()  # disjoint parameters
-
-        norms = [clip(net.parameters(), 1.0) for net in (run.net, run.g)]
-        run.bad |= ~torch.stack(norms).isfinite().all()  # no wait for the GPU
-        for optimizer, peak_rate in run.optimizers:
-            optimizer.param_groups[0]["lr"] = peak_rate * learning_rate(step, s)
-            optimizer.step()
-            optimizer.zero_grad()
-        # The decay rises to s.ema, so that the average forgets its start.
-        torch._foreach_lerp_(run.averages, run.weights, 1 - min(s.ema, (1 + step) / (10 + step)))
-
-        run.step, last, stopped = step + 1, step + 1 == s.steps, any_process(signals)
-        logged = last or run.step % s.log_every == 0 or run.step % s.eval_every == 0
-        saved = last or stopped or run.step % s.ckpt_every == 0
-        if (logged or saved) and run.bad:
-            raise ValueError(f"step {run.step}: a gradient is not finite; nothing is saved")
-        if logged:
-            log(run, s, residual_G, residual_N, online_loss, lam, norms)
-        if saved and RANK == 0:
-            save(run, s)
-        if stopped:
-            return print(f"saved after step {run.step}; the same command goes on")
-    print(f"next: python fmd.py --res {s.res} --sample 100 --out {s.folder}")
-
-
-# ---- 8. Plumbing: processes, networks, files ----
 def mean_of_all(values):
     """The mean over the values of all processes, of which each holds the same number."""
     mean = values.detach().float().mean()
@@ -342,8 +278,71 @@ def any_process(flag=False):
     return mean_of_all(torch.tensor(float(bool(flag)))).item() > 0
 
 
+def learning_rate(step, steps, warmup, decay_from):
+    """Factor on the peak rates: linear warm-up, then constant, then a linear fall to zero."""
+    fall = (steps - step) / max(1.0, steps * (1 - decay_from))
+    return min((step + 1) / (warmup + 1), 1.0, fall)
+
+
+def train(s):
+    """Distil. Writes student.pt, ckpt.pt, metrics.jsonl and samples.png to s.folder."""
+    run = setup(s)
+    student, teacher = run.student, partial(guided, run.teacher, null=run.classes)
+    draw = partial(prior, shape=run.shape, classes=run.classes, gamma=s.gamma,
+                   r=(s.r_location, s.r_scale), device=run.device, rank=RANK, world=WORLD)
+    signals = []
+    for number in (signal.SIGTERM, signal.SIGINT):  # obeyed after the step
+        signal.signal(number, lambda number, frame: signals.append(number))
+    for step in tqdm(range(run.step, s.steps), file=sys.stdout, disable=None):
+        # The prior: p are the rows for prediction, c those for correction, where δ = 1.
+        p = draw(s.batch - s.correction_rows, key=(s.seed, step, "prediction"))
+        c = draw(s.correction_rows, key=(s.seed, step, "correction"))
+
+        # The student's average velocity, with gradient.
+        F_p = average_velocity(student, p.z, p.delta, p.y, p.gamma)
+        F_c = average_velocity(student, c.z, torch.ones_like(c.r), c.y, c.gamma)
+
+        # Its derivative in δ, without gradient: no DDP wrapper. fd needs F_p in float32.
+        F = partial(average_velocity, run.unwrapped, y=p.y, gamma=p.gamma)
+        dF = run.derivative(F, p.z, p.delta, None if s.bf16 else F_p.detach(), s.derivative)
+
+        # Teacher and g. Correction is guided where r <= cut. g sees γ, like the student [ours].
+        u_p = partial(teacher, y=p.y, gamma=p.gamma, interval=s.interval)
+        u_c = partial(teacher, y=c.y, gamma=c.gamma, interval=(0.0, s.cut))
+        g = partial(run.online, y=c.y, gw=c.gamma)
+
+        residual_G = prediction(F_p, dF, u_p, p.z, p.delta)
+        residual_N, online_loss = correction(F_c, u_c, g, c.z, c.n, c.r)
+        loss, lam = student_loss(F_p, residual_G, F_c, residual_N, s.k, s.alpha, mean_of_all)
+        (loss + online_loss).backward()  # disjoint parameters
+
+        norms = [clip_grad_norm_(net.parameters(), 1) for net in (run.net, run.g)]
+        run.bad |= ~torch.stack(norms).isfinite().all()  # no wait for the GPU
+        rate = learning_rate(step, s.steps, s.warmup, s.decay_from)
+        for optimizer, peak_rate in run.optimizers:
+            optimizer.param_groups[0]["lr"] = peak_rate * rate
+            optimizer.step()
+            optimizer.zero_grad()
+        decay = min(s.ema, (1 + step) / (10 + step))  # the average forgets its start
+        torch._foreach_lerp_(run.averages, run.weights, 1 - decay)
+
+        run.step, last, stopped = step + 1, step + 1 == s.steps, any_process(signals)
+        logged = last or run.step % s.log_every == 0 or run.step % s.eval_every == 0
+        saved = last or stopped or run.step % s.ckpt_every == 0
+        if (logged or saved) and run.bad:
+            raise ValueError(f"step {run.step}: gradient not finite; nothing is saved")
+        if logged:
+            log(run, s, residual_G, residual_N, online_loss, lam, norms)
+        if saved and RANK == 0:
+            save(run, s)
+        if stopped:
+            return print(f"saved after step {run.step}; type the same to go on")
+    print(f"next: python fmd.py --res {s.res} --sample 100 --out {s.folder}")
+
+
+# ---- 8. Networks, log and checkpoints ----
 def load(run, s, source, student=False):
-    """-> a frozen teacher or student. Sets run.shape, classes, convention, decoder (None at 28)."""
+    """-> a frozen teacher or student. Sets run.shape, classes, convention and decoder."""
     if LOCAL_RANK > 0:
         any_process()  # waits: one process of a machine downloads
     net, info = sit.load(sit.fetch(source))
@@ -352,76 +351,75 @@ def load(run, s, source, student=False):
         any_process()
     run.shape, run.classes = net.config["shape"], net.config["classes"]
     run.convention = info["convention"] if s.convention == "auto" else s.convention
-    if run.convention not in list(CONVENTIONS):
+    if run.convention not in list(CONVENTIONS):  # the file's may be of any type
         raise ValueError(f"{source}: convention is none of {list(CONVENTIONS)}")
     if (net.config["dt"], net.config["gw"]) != (student, student):
         raise ValueError(f"{source}: not a {'student' if student else 'teacher'}")
     if run.shape != [4, s.res // 8, s.res // 8] and (s.res > 28 or run.shape[0] == 4):
         raise ValueError(f"{source}: made for {run.shape}, not for --res {s.res}")
-    return net.to(run.device).eval().requires_grad_(False)
+    return net.to(run.device)
 
 
 def start_from(teacher, **embedders):
-    """A network with the teacher's weights and added, zero-initialised embedders."""
-    net = sit.SiT(**{**teacher.config, **embedders})
-    net.load_state_dict({**net.state_dict(), **teacher.state_dict()})
+    """A network with the teacher's weights and added embedders, whose output starts at zero."""
+    net = sit.SiT(**teacher.config | embedders)
+    net.load_state_dict(net.state_dict() | teacher.state_dict())
     return net.to(teacher.pos_embed.device)
 
 
 def make_optimizers(net, lr, kind):
     """-> [(optimizer, peak rate)]: AdamW; with "muon" the matrices in the blocks get Muon instead,
-    orthogonal updates (kellerjordan.github.io/posts/muon) scaled to AdamW's size [ours]."""
+    orthogonal updates (kellerjordan.github.io/posts/muon) scaled to AdamW's size. All [ours]."""
     matrices = [p for p in net.blocks.parameters() if p.ndim == 2 and kind == "muon"]
     chosen = set(matrices)
     others = [p for p in net.parameters() if p.requires_grad and p not in chosen]
-    adamw = torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    adamw = torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0, fused=True)
     if kind == "adamw":
         return [(adamw, lr)]
-    muon = torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    muon = torch.optim.Muon(matrices, weight_decay=0, adjust_lr_fn="match_rms_adamw")
     return [(adamw, lr), (muon, lr)]
 
 
-def start(s):
-    """Networks, optimisers, the last checkpoint -> a namespace with all that train reads."""
-    if s.corrected % WORLD or s.batch % WORLD:
-        raise ValueError(f"--batch {s.batch}: {WORLD} processes must divide both parts")
+def setup(s):
+    """-> what train reads: networks net, g, ema; velocities teacher, student, online, unwrapped."""
+    if s.correction_rows % WORLD or s.batch % WORLD:
+        raise ValueError(f"--batch {s.batch}: both parts must divide by {WORLD}")
     run = SimpleNamespace(device=join(s.device), step=0)
     teacher = load(run, s, s.teacher)
-    torch.manual_seed(s.seed)  # for the new embedders
+    torch.manual_seed(s.seed)  # the embedders' first layers are random
     run.net = start_from(teacher, dt=True, gw=True)
     run.g = start_from(teacher, gw=True)
     run.ema = start_from(run.net).requires_grad_(False)
-    run.weights, run.averages = ([p.detach() for p in net.parameters()]
-                                 for net in (run.net, run.ema))
+    run.weights = [p.detach() for p in run.net.parameters()]
+    run.averages = list(run.ema.parameters())
     run.optimizers = make_optimizers(run.net, s.lr, s.optimizer)
     run.optimizers += make_optimizers(run.g, s.online_lr, s.optimizer)
-    run.bad = torch.zeros((), dtype=torch.bool, device=run.device)
+    run.bad = torch.tensor(False, device=run.device)
     s.folder.mkdir(parents=True, exist_ok=True)
     resume(run, s)
     print(f"{vars(s)}\nconvention {run.convention}, from step {run.step}")
 
     if s.checkpointing is None:  # XL/2: 64 rows at 256 fit 80 GB
-        tokens = s.batch * math.prod(run.shape[1:]) // teacher.config["patch"] ** 2
-        s.checkpointing = run.device.type == "cuda" and tokens > 64 * 256 * WORLD
+        tokens = s.batch // WORLD * teacher.pos_embed.shape[1]
+        s.checkpointing = run.device.type == "cuda" and tokens > 64 * 256
     run.net.checkpointing = run.g.checkpointing = s.checkpointing
-    run.derivative = duration_derivative
-    if s.compile:  # by block: DDP, checkpointing stay outside
-        for block in (*teacher.blocks, *run.net.blocks, *run.g.blocks):
-            block.compile(dynamic=False)
+    run.derivative, nets = duration_derivative, (run.net, run.g)
+    if s.compile:  # by block: DDP and checkpointing stay outside
+        print("compiling takes minutes")
+        for net in (teacher, *nets):
+            for block in net.blocks:
+                block.compile(dynamic=False)
         run.derivative = torch.compile(duration_derivative, dynamic=False)
-    student, online = run.net, run.g
     if WORLD > 1:
-        wrap = partial(DDP, gradient_as_bucket_view=True)
-        student, online = wrap(student), wrap(online)
-    velocity = partial(velocity_of, convention=run.convention, bf16=s.bf16)
-    run.teacher = partial(velocity, teacher)
-    run.student, run.online = partial(velocity, student), partial(velocity, online)
-    # The derivative has no gradient, hence no DDP. A finite difference is in float32.
-    run.bare = partial(velocity, run.net, bf16=s.bf16 and s.derivative == "jvp")
-    run.one_step = partial(one_step, partial(velocity, run.ema, bf16=False))
+        nets = [DDP(net, gradient_as_bucket_view=True) for net in nets]
+    exact = partial(velocity_of, convention=run.convention)  # in float32
+    velocity = partial(exact, bf16=s.bf16)
+    run.teacher, run.student, run.online = (partial(velocity, net) for net in (teacher, *nets))
+    run.unwrapped = partial(velocity if s.derivative == "jvp" else exact, run.net)
+    run.one_step = partial(one_step, partial(exact, run.ema))
     if RANK == 0:
-        sampler = partial(many_steps, run.teacher, null=run.classes, interval=s.interval)
-        run.phi = evaluate(run, s, sampler)
+        u = partial(exact, teacher)
+        run.phi = evaluate(run, s, partial(many_steps, u, null=run.classes, interval=s.interval))
     run.clock, run.clock_step = time.perf_counter(), run.step
     return run
 
@@ -432,13 +430,13 @@ def log(run, s, residual_G, residual_N, online_loss, lam, norms):
     terms = {"prediction": residual_G.square(), "correction": residual_N.square(),
              "online": online_loss, "lambda": lam, "student_norm": norms[0],
              "online_norm": norms[1]}
-    line = {name: mean_of_all(term).nan_to_num().item() for name, term in terms.items()}
+    line = {k: mean_of_all(v).nan_to_num().item() for k, v in terms.items()}
     if RANK > 0:
         return
-    seconds, run.clock = time.perf_counter() - run.clock, time.perf_counter()
-    images, run.clock_step = s.batch * (run.step - run.clock_step), run.step
-    line |= {"step": run.step, "images_per_s": images / seconds,
-             "lr": s.lr * learning_rate(run.step - 1, s),
+    now, images = time.perf_counter(), s.batch * (run.step - run.clock_step)
+    seconds, run.clock, run.clock_step = now - run.clock, now, run.step
+    line |= {"step": run.step, "images_per_s": images / seconds,  # saves count
+             "lr": run.optimizers[0][0].param_groups[0]["lr"],
              "gpu_gb": torch.cuda.max_memory_allocated() / 1e9}
     if run.step == s.steps or run.step % s.eval_every == 0:
         x, phi = evaluate(run, s, run.one_step), run.phi
@@ -446,7 +444,7 @@ def log(run, s, residual_G, residual_N, online_loss, lam, norms):
         line["endpoint_error"] = error.mean().item()
         pairs = torch.stack([phi, x], 1)[:50].flatten(0, 1)
         save_grid(s.folder / "samples.png", to_uint8(pairs, run.decoder))
-    text = json.dumps({name: round(value, 6) for name, value in line.items()})
+    text = json.dumps({k: float(f"{v:.6g}") for k, v in line.items()})
     tqdm.write(text)
     with open(s.folder / "metrics.jsonl", "a") as file:
         file.write(text + "\n")
@@ -458,8 +456,8 @@ def save(run, s):
                 convention=run.convention, gamma=s.gamma)
     write(s.folder / "student.pt", partial(torch.save, file))
     file |= dict(student=run.net.state_dict(), online=run.g.state_dict(),
-                 optimizers=[optimizer.state_dict()["state"] for optimizer, _ in run.optimizers],
-                 settings={name: getattr(s, name) for name in FIXED.split()}, step=run.step,
+                 optimizers=[o.state_dict()["state"] for o, _ in run.optimizers],
+                 settings={name: getattr(s, name) for name in FIXED}, step=run.step,
                  log_size=(s.folder / "metrics.jsonl").stat().st_size)
     write(s.folder / "ckpt.pt", partial(torch.save, file))
 
@@ -470,20 +468,21 @@ def resume(run, s):
     if path.exists():
         file = sit.read_file(path)
         try:
-            there, here = file["settings"], {name: getattr(s, name) for name in FIXED.split()}
+            differ = {k: v for k, v in file["settings"].items() if v != getattr(s, k)}
             run.step, log_size = file["step"], file["log_size"]
-            run.ema.load_state_dict(sit.our_names(file["ema"]))
-            run.net.load_state_dict(file["student"])
-            run.g.load_state_dict(file["online"])
-            for (optimizer, _), state in zip(run.optimizers, file["optimizers"], strict=True):
-                optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+            if not differ:
+                run.ema.load_state_dict(sit.our_names(file["ema"]))
+                run.net.load_state_dict(file["student"])
+                run.g.load_state_dict(file["online"])
+                for (o, _), state in zip(run.optimizers, file["optimizers"], strict=True):
+                    o.load_state_dict({**o.state_dict(), "state": state})
         except Exception as e:  # whatever a file of another kind raises
             raise ValueError(f"{path}: not of this run ({sit.reason(e)})") from None
-        if there != here or run.step > s.steps:
-            raise ValueError(f"--out {s.folder}: its run has {run.step} steps and {there}; "
-                             "give the same, or another folder")
+        if differ or run.step > s.steps:
+            raise ValueError(f"--out {s.folder}: a run of {run.step} steps with {differ}; "
+                             "give these, or another folder")
     if any_process(run.step) != (run.step > 0):
-        raise ValueError(f"--out {s.folder}: processes must share it")
+        raise ValueError(f"--out {s.folder}: all processes must see it")
     if RANK == 0:
         with open(s.folder / "metrics.jsonl", "ab") as file:
             file.truncate(min(file.tell(), log_size))
@@ -494,7 +493,7 @@ def resume(run, s):
 def one_step(velocity, z, y, gamma):
     """The student's samples f(z, 1), one evaluation each. z (B, ...), y (B,), gamma a number."""
     ones = torch.ones(len(z), device=z.device)
-    return flow_map(partial(average_velocity, velocity, y=y, gamma=gamma * ones), z, ones)
+    return flow_map(average_velocity(velocity, z, ones, y, gamma * ones), z, ones)
 
 
 def many_steps(velocity, z, y, gamma, null, steps=16, solver="heun", interval=(0.0, 1.0)):
@@ -507,10 +506,10 @@ def many_steps(velocity, z, y, gamma, null, steps=16, solver="heun", interval=(0
 def generate(run, s, sampler, count, labels, rank=0, world=1):
     """Yield sampler(z, y) for this process's share of samples 0 to count - 1, in full chunks. Noise
     i depends on the seed and i alone, on any device."""
-    for start in range(rank * CHUNK, rank * CHUNK + count, world * CHUNK):
-        mine = range(start, start + CHUNK)
+    for first in range(rank * CHUNK, rank * CHUNK + count, world * CHUNK):
+        mine = range(first, first + CHUNK)
         sources = [generator("cpu", s.seed, "sample", i) for i in mine]
-        z = torch.stack([torch.randn(run.shape, generator=source) for source in sources])
+        z = torch.stack([torch.randn(run.shape, generator=x) for x in sources])
         y = torch.tensor([labels[i % len(labels)] for i in mine])
         yield sampler(z.to(run.device), y.to(run.device))
 
@@ -526,26 +525,25 @@ def to_uint8(x, decoder=None):
     """Pixels in [-1, 1], or latents (N, C, H, W) -> (N, H, W, C) uint8, rounded like DiT's."""
     if decoder is not None:
         x = torch.cat([decoder(part) for part in x.split(8)])
-    return (127.5 * x + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu()
+    return (127.5 * x + 128).clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().cpu()
 
 
 def save_grid(path, images):
     """(N, H, W, C) uint8 -> a PNG, ten in a row."""
-    grid = make_grid(images.permute(0, 3, 1, 2), nrow=10, pad_value=255).permute(1, 2, 0)
-    write(path, partial(Image.fromarray(grid.numpy()).save, format="PNG"))
+    images = images.permute(0, 3, 1, 2) / 255
+    write(path, partial(save_image, images, format="PNG", nrow=10, pad_value=1))
 
 
 def sample(s):
     """--sample or --rollout: N samples to an npz, as ADM's evaluator reads it, and a grid."""
     run, count = SimpleNamespace(device=join(s.device)), s.sample or s.rollout
-    source, path = s.ckpt or s.folder / "student.pt", s.folder / "samples.npz"
-    if s.res == 28 and not s.ckpt and not source.exists():
-        source = ASSETS / "student-mnist.pt"
-    if s.rollout:
-        source, path = s.teacher, s.folder / "rollout.npz"
-    net = load(run, s, source, student=bool(s.sample))
-    sampler = one_step
-    if s.rollout:
+    if s.sample:
+        source, path = s.ckpt or s.folder / "student.pt", s.folder / "samples.npz"
+        if s.res == 28 and not s.ckpt and not source.exists():
+            source = ASSETS / "student-mnist.pt"
+        net, sampler = load(run, s, source, student=True), one_step
+    else:
+        net, path = load(run, s, s.teacher), s.folder / "rollout.npz"
         sampler = partial(many_steps, null=run.classes, steps=s.rollout_steps,
                           solver=s.solver, interval=s.interval)
     velocity = partial(velocity_of, net, convention=run.convention)  # in float32
@@ -560,14 +558,15 @@ def sample(s):
     chunks = generate(run, s, sampler, count, labels, RANK, WORLD)
     for x in tqdm(chunks, file=sys.stdout, disable=None):
         x = to_uint8(x, run.decoder)
-        gathered = [torch.empty_like(x) for _ in range(WORLD)]
+        gathered = [x]
         if WORLD > 1:
+            gathered = [torch.empty_like(x) for _ in range(WORLD)]
             dist.gather(x, gathered if RANK == 0 else None)
-        images += gathered if WORLD > 1 else [x]
+        images += gathered
     if RANK == 0:
         seconds, images = time.perf_counter() - clock, torch.cat(images)[:count]
-        data = dict(arr_0=images.numpy(), arr_1=np.resize(labels, count))
-        write(path, partial(np.savez, **data))
+        arr_1 = np.resize(labels, count)
+        write(path, partial(np.savez, arr_0=images.numpy(), arr_1=arr_1))
         save_grid(path.with_suffix(".png"), images[:100])
         print(f"{path}: {count} samples, {1e3 * seconds / count:.2f} ms each")
 
@@ -582,22 +581,20 @@ def parse(argv=None):
     parser.set_defaults(**PRESETS[parser.parse_args(argv).res])
     s = parser.parse_args(argv)
 
-    def limit(low, high, *names):
-        for name in names:
-            if not low <= getattr(s, name) <= high:
-                flag = f"--{name.replace('_', '-')} {getattr(s, name)}"
-                parser.error(f"{flag}: must be from {low} to {high}")
+    def limit(low, high, names):
+        for name in names.split():
+            value = getattr(s, name)
+            if not (np.diff([low, *np.ravel(value), high]) >= 0).all():
+                flag = f"--{name.replace('_', '-')} {value}"
+                parser.error(f"{flag}: must be from {low} to {high}, in order")
 
-    limit(1, 1e9, "steps", "batch", "eval_samples", "log_every", "eval_every", "ckpt_every",
-          "rollout_steps")
-    limit(0, 1e9, "k", "alpha", "r_scale", "lr", "online_lr", "warmup", "seed", "guidance",
-          "sample", "rollout")
-    limit(0, 1, "correction", "cut", "decay_from", "ema")
-    for name, (low, high), most in (("gamma", s.gamma, 1e9), ("interval", s.interval, 1)):
-        if not 0 <= low <= high <= most:
-            parser.error(f"--{name} {low} {high}: must be LOW HIGH from 0 to {most}")
+    limit(1, 1e9, "steps batch eval_samples log_every eval_every ckpt_every rollout_steps")
+    limit(0, 1e9, "k alpha gamma r_scale lr online_lr warmup seed guidance sample rollout")
+    limit(0, 1, "correction cut interval decay_from ema")
+    if s.sample and s.rollout:
+        parser.error(f"--rollout {s.rollout}: not together with --sample")
     s.folder = Path(s.out or f"out/{s.res}")
-    s.corrected = round(s.batch * s.correction)  # rows of a batch
+    s.correction_rows = round(s.batch * s.correction)  # of a batch
     return s
 
 
@@ -609,6 +606,9 @@ def main(argv=None):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     try:
         sample(s) if s.sample or s.rollout else train(s)
+    except torch.OutOfMemoryError:
+        print("fmd.py: GPU memory is full: lower --batch", file=sys.stderr)
+        return 2
     except (ValueError, OSError) as e:
         print(f"fmd.py: {e}", file=sys.stderr)
         return 2

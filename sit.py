@@ -336,13 +336,13 @@ def our_names(state):
 
 
 def fill(net, state):
-    """Give `net`, built on the meta device, these weights in float32. Raises RuntimeError where names
-    or shapes differ, ValueError where a value is not finite."""
+    """Give `net`, built on the meta device, these weights in float32 and freeze it. Raises RuntimeError
+    where names or shapes differ, ValueError where a value is not finite."""
     net.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
     for name, value in net.state_dict().items():
         if not value.isfinite().all():
             raise ValueError(f"{name} is not finite")
-    return net
+    return net.requires_grad_(False)
 
 
 def from_state_dict(state, heads=None):

@@ -233,7 +233,8 @@ def error(args):
         curves = []
         for net in students(args, args.steps or 900, flags):
             F = partial(fmd.average_velocity, partial(fmd.velocity_of, net), y=y, gamma=gamma)
-            maps = [fmd.flow_map(F, z, delta.expand(count)) for delta in deltas]
+            durations = [delta.expand(count) for delta in deltas]
+            maps = [fmd.flow_map(F(z, delta), z, delta) for delta in durations]
             curves.append([relative_error(f, x) for f, x in zip(maps, path[4::4])])
         curves = np.array(curves)  # (seeds, 16)
         axes.plot(deltas, curves.mean(0), "o-", color=colour, markersize=4, label=name)
@@ -311,10 +312,14 @@ def distil_blobs(steps):
     return F.requires_grad_(False), g.requires_grad_(False)
 
 
+def jump(F, z, delta):
+    return fmd.flow_map(F(z, delta), z, delta)
+
+
 def example(args):
     F, _ = distil_blobs(args.steps or 2000)
     z = torch.randn(1000, 2)
-    paths, x = states(blobs, z, 100), fmd.flow_map(F, z, torch.ones(1000))
+    paths, x = states(blobs, z, 100), jump(F, z, torch.ones(1000))
     median = (x - paths[-1]).norm(dim=1).median().item()
     print(f"one step against 100 Heun steps: median distance {median:.3f}, blobs of width 0.3")
     picture, axes = chart(5.4, 5.4)
@@ -327,7 +332,7 @@ def example(args):
 def figure(args):
     """The two residuals on points, with a student and a g that have not finished learning."""
     F, g = distil_blobs(300)
-    samples = fmd.flow_map(F, torch.randn(400, 2), torch.ones(400))
+    samples = jump(F, torch.randn(400, 2), torch.ones(400))
     teacher_samples = fmd.rollout(blobs, torch.randn(400, 2), 64)
     picture, (left, right) = chart(10, 4.95, columns=2)
     for axes, bottom in ((left, 0.5), (right, -0.3)):
@@ -351,9 +356,9 @@ def figure(args):
 
     z, delta = torch.tensor([[2.2, 2.6]]), torch.tensor([0.5])
     path = states(blobs, z, 64)[:, 0]
-    curve = fmd.flow_map(F, z.expand(65, 2), torch.linspace(0, 1, 65))
+    curve = jump(F, z.expand(65, 2), torch.linspace(0, 1, 65))
     left.plot(*path.T, BLUE, *curve.T, RED)
-    f, dF = fmd.flow_map(F, z, delta), fmd.duration_derivative(F, z, delta)
+    f, dF = jump(F, z, delta), fmd.duration_derivative(F, z, delta)
     u = blobs(f, 1 - delta)
     v_G = u + fmd.prediction(F(z, delta), dF, blobs, z, delta)
     arrows(left, f, v_G, u, "$v_G$", "$u(f, 1 - δ)$", (-14, 0), (-40, 0))
