@@ -24,6 +24,7 @@ import datetime
 import hashlib
 import json
 import os
+import re
 import sys
 import zipfile
 from functools import partial
@@ -374,8 +375,7 @@ def evaluate(samples, reference=None, metrics=None, device="cpu", batch=None, we
 def join(device):
     """Join torchrun's processes. Return this one's torch.device for "cpu", "cuda" (one GPU each) or
     "cuda:N". Raises ValueError for a device that is not there."""
-    kind, _, index = device.partition(":")
-    if kind not in ("cpu", "cuda") or not (index or "0").isdecimal():
+    if not re.fullmatch(r"cpu|cuda(:\d{1,2})?", device):
         raise ValueError(f"--device {device}: must be cpu, cuda or cuda:N")
     device = torch.device(f"cuda:{LOCAL_RANK}" if device == "cuda" else device)
     if device.type == "cuda":

@@ -21,7 +21,7 @@ Time: t = 1 IS NOISE, t = 0 IS DATA. Velocities point in the generating directio
   ∂F/∂δ      dF                  its derivative in δ at fixed z                      like z
   f(z, δ)    flow_map(F_z, z, δ) z + δ F(z, δ), the path after δ; f(z, 1) is a sample like z
   v_G        v_G                 ∂f/∂δ = F + δ ∂F/∂δ, the generating velocity        like z
-  n, r       n, r                fresh noise; the time to which it noises a sample x like x; (B,)
+  n, r       n, r                fresh noise; the time of a noised sample            like x; (B,)
   x_r        x_r                 I_r(x, n) = (1 - r) x + r n                         like x
   v_N        v_N                 E[x - n | x_r], the noising velocity of samples x   like x
   g(x_r, r)  g, "online"         network that learns v_N while the student changes   like x
@@ -64,7 +64,7 @@ GPU = torch.cuda.is_available()
 CHUNK = 128 if GPU else 64  # samples computed at a time
 
 
-# ---- 1. Settings. [paper]: the paper's value; of the others it is silent, and they are ours ----
+# ---- 1. Settings. [paper]: the paper's value. For the others it gives none; they are ours ----
 # How the presets of --res differ from the defaults below.
 PRESETS = {
     28: dict(teacher=str(ASSETS / "teacher-mnist.pt"), steps=1500, batch=32, lr=1e-3,
@@ -94,8 +94,8 @@ def settings(parser):
     add("--k", 1.0, "exponent of the weights [paper]")
     add("--alpha", 1.0, "strength of correction [paper]")
     add("--gamma", [1.0, 2.0], "range of γ in training", float, nargs=2)
-    add("--interval", [0.0, 1.0], "t guided, but in correction", float, nargs=2)
-    add("--cut", 0.7, "largest r guided in correction [paper]")
+    add("--interval", [0.0, 1.0], "guided t, except in correction", float, nargs=2)
+    add("--cut", 0.7, "largest guided r in correction [paper]")
     add("--r-location", 0.8, "location of r's logit [paper]")
     add("--r-scale", 1.0, "scale of r's logit")
     add("--derivative", "jvp", "∂F/∂δ", choices=("jvp", "fd"))
@@ -133,9 +133,9 @@ def generator(device, *key):
 
 def prior(count, key, shape, classes, gamma, r, device="cpu", rank=0, world=1):
     """Draws for `count` rows of one step -> a namespace of tensors.
-    z, n (b, *shape) ~ N(0, I), y (b,) in [0, classes), gamma (b,) ~ U(*gamma), delta (b,) ~ U(0, 1),
-    r (b,) ~ LogitNormal(*r). Prediction ignores n and r, correction delta. A process draws all rows
-    and keeps b = count / world of them: the draws do not depend on the number of processes."""
+    z, n (b, *shape) ~ N(0, I), y (b,) in [0, classes), delta (b,) ~ U(0, 1), gamma (b,) ~ U(low,
+    high), r (b,) ~ LogitNormal(location, scale). Prediction ignores n and r; correction, delta. A
+    process draws all rows and keeps b = count / world: their number does not change the draws."""
     source = generator(device, *key)
     normal = partial(torch.randn, generator=source, device=device)
     uniform = partial(torch.rand, generator=source, device=device)
@@ -213,7 +213,7 @@ def prediction(F_z, dF, u, z, delta):
 
 def correction(F_z, u, g, z, n, r):
     """Correction (paper, Eq. 10 and 11): the residual Δ_N = v_N - u at noised samples, like z; and
-    the loss of g. v_N has no formula: the network g(x_r, r) learns it by flow matching on the
+    the loss of g. v_N cannot be computed: the network g(x_r, r) learns it by flow matching on the
     student's samples. Δ_N is r / (1 - r) times the student's score minus the teacher's, both at
     noise r: moving samples along -Δ_N lowers the KL divergence of the noised distributions (exactly
     so at γ = 1). F_z = F(z, 1), z, n (B, ...); r (B,); u(x, t)."""
@@ -221,7 +221,7 @@ def correction(F_z, u, g, z, n, r):
     x_r = (1 - expand(r, x)) * x + expand(r, x) * n
     v_N = g(x_r, r)
     online_loss = (v_N - (x - n)).square().mean()  # moves g alone
-    return v_N.detach() - u(x_r, r), online_loss
+    return (v_N - u(x_r, r)).detach(), online_loss
 
 
 def weighted(residual, k=1.0, eps=1e-3):
@@ -236,7 +236,8 @@ def student_loss(F_p, residual_G, F_c, residual_N, k=1, alpha=1, mean=torch.mean
     (P, ...) and F_c · sg(λ w Δ_N) of shape (C, ...). Its gradient in F is proportional to w Δ, so
     descent moves F against its residual. λ = α E|w Δ_G| / (E|w Δ_N| + ε), or α if a part is empty,
     makes the mean norms equal at α = 1 [paper; after w: ours]. Give a `mean` over all processes."""
-    G, N = weighted(residual_G, k).detach(), weighted(residual_N, k).detach()  # sg
+    G = weighted(residual_G, k).detach()  # sg
+    N = weighted(residual_N, k).detach()
     lam = G.new_full((), alpha)
     if len(G) and len(N):
         lam = alpha * mean(G.flatten(1).norm(dim=1)) / (mean(N.flatten(1).norm(dim=1)) + eps)
@@ -245,7 +246,6 @@ def student_loss(F_p, residual_G, F_c, residual_N, k=1, alpha=1, mean=torch.mean
 
 
 # ---- 6. Networks as velocities ----
-
 # What a network's time and output mean: its clock as a function of t, and the sign that turns its
 # output into a velocity towards data. Student and g inherit the teacher's convention.
 CONVENTIONS = {"sit": (lambda t: 1 - t, 1), "repa": (lambda t: t, -1)}
@@ -291,7 +291,7 @@ def train(s):
     draw = partial(prior, shape=run.shape, classes=run.classes, gamma=s.gamma,
                    r=(s.r_location, s.r_scale), device=run.device, rank=RANK, world=WORLD)
     signals = []
-    for number in (signal.SIGTERM, signal.SIGINT):  # obeyed after the step
+    for number in (signal.SIGTERM, signal.SIGINT):  # after the step
         signal.signal(number, lambda number, frame: signals.append(number))
     for step in tqdm(range(run.step, s.steps), file=sys.stdout, disable=None):
         # The prior: p are the rows for prediction, c those for correction, where δ = 1.
@@ -317,7 +317,7 @@ def train(s):
         (loss + online_loss).backward()  # disjoint parameters
 
         norms = [clip_grad_norm_(net.parameters(), 1) for net in (run.net, run.g)]
-        run.bad |= ~torch.stack(norms).isfinite().all()  # no wait for the GPU
+        run.bad |= ~torch.stack(norms).isfinite().all()  # no GPU wait
         rate = learning_rate(step, s.steps, s.warmup, s.decay_from)
         for optimizer, peak_rate in run.optimizers:
             optimizer.param_groups[0]["lr"] = peak_rate * rate
@@ -351,8 +351,6 @@ def load(run, s, source, student=False):
         any_process()
     run.shape, run.classes = net.config["shape"], net.config["classes"]
     run.convention = info["convention"] if s.convention == "auto" else s.convention
-    if run.convention not in list(CONVENTIONS):  # the file's may be of any type
-        raise ValueError(f"{source}: convention is none of {list(CONVENTIONS)}")
     if (net.config["dt"], net.config["gw"]) != (student, student):
         raise ValueError(f"{source}: not a {'student' if student else 'teacher'}")
     if run.shape != [4, s.res // 8, s.res // 8] and (s.res > 28 or run.shape[0] == 4):
@@ -405,16 +403,17 @@ def setup(s):
     run.net.checkpointing = run.g.checkpointing = s.checkpointing
     run.derivative, nets = duration_derivative, (run.net, run.g)
     if s.compile:  # by block: DDP and checkpointing stay outside
-        print("compiling takes minutes")
+        print("compiling")
         for net in (teacher, *nets):
             for block in net.blocks:
                 block.compile(dynamic=False)
         run.derivative = torch.compile(duration_derivative, dynamic=False)
-    if WORLD > 1:
-        nets = [DDP(net, gradient_as_bucket_view=True) for net in nets]
+    if WORLD > 1:  # CPU: fixed buckets, so that a resumed run rounds alike
+        nets = [DDP(net, find_unused_parameters=s.device == "cpu") for net in nets]
     exact = partial(velocity_of, convention=run.convention)  # in float32
     velocity = partial(exact, bf16=s.bf16)
-    run.teacher, run.student, run.online = (partial(velocity, net) for net in (teacher, *nets))
+    run.teacher = partial(velocity, teacher)
+    run.student, run.online = (partial(velocity, net) for net in nets)
     run.unwrapped = partial(velocity if s.derivative == "jvp" else exact, run.net)
     run.one_step = partial(one_step, partial(exact, run.ema))
     if RANK == 0:
@@ -426,7 +425,7 @@ def setup(s):
 
 def log(run, s, residual_G, residual_N, online_loss, lam, norms):
     """A line of metrics.jsonl; at an evaluation samples.png and the endpoint error |x - φ| / |φ|,
-    φ being the teacher's samples from the same noises."""
+    φ being the teacher's samples from the same noises. images_per_s counts saves, evaluations."""
     terms = {"prediction": residual_G.square(), "correction": residual_N.square(),
              "online": online_loss, "lambda": lam, "student_norm": norms[0],
              "online_norm": norms[1]}
@@ -435,7 +434,7 @@ def log(run, s, residual_G, residual_N, online_loss, lam, norms):
         return
     now, images = time.perf_counter(), s.batch * (run.step - run.clock_step)
     seconds, run.clock, run.clock_step = now - run.clock, now, run.step
-    line |= {"step": run.step, "images_per_s": images / seconds,  # saves count
+    line |= {"step": run.step, "images_per_s": images / seconds,
              "lr": run.optimizers[0][0].param_groups[0]["lr"],
              "gpu_gb": torch.cuda.max_memory_allocated() / 1e9}
     if run.step == s.steps or run.step % s.eval_every == 0:
@@ -444,7 +443,7 @@ def log(run, s, residual_G, residual_N, online_loss, lam, norms):
         line["endpoint_error"] = error.mean().item()
         pairs = torch.stack([phi, x], 1)[:50].flatten(0, 1)
         save_grid(s.folder / "samples.png", to_uint8(pairs, run.decoder))
-    text = json.dumps({k: float(f"{v:.6g}") for k, v in line.items()})
+    text = json.dumps({k: round(v, 8) for k, v in line.items()})
     tqdm.write(text)
     with open(s.folder / "metrics.jsonl", "a") as file:
         file.write(text + "\n")
@@ -481,7 +480,7 @@ def resume(run, s):
         if differ or run.step > s.steps:
             raise ValueError(f"--out {s.folder}: a run of {run.step} steps with {differ}; "
                              "give these, or another folder")
-    if any_process(run.step) != (run.step > 0):
+    if mean_of_all(torch.tensor(float(run.step))) != run.step:
         raise ValueError(f"--out {s.folder}: all processes must see it")
     if RANK == 0:
         with open(s.folder / "metrics.jsonl", "ab") as file:
@@ -504,8 +503,7 @@ def many_steps(velocity, z, y, gamma, null, steps=16, solver="heun", interval=(0
 
 
 def generate(run, s, sampler, count, labels, rank=0, world=1):
-    """Yield sampler(z, y) for this process's share of samples 0 to count - 1, in full chunks. Noise
-    i depends on the seed and i alone, on any device."""
+    """Yield sampler(z, y) by chunks, this process's share. Noise i depends on seed and i alone."""
     for first in range(rank * CHUNK, rank * CHUNK + count, world * CHUNK):
         mine = range(first, first + CHUNK)
         sources = [generator("cpu", s.seed, "sample", i) for i in mine]
@@ -554,19 +552,21 @@ def sample(s):
     if not labels or labels[-1] >= run.classes:
         raise ValueError(f"--labels {s.labels}: give N or LOW-HIGH below {run.classes}")
     s.folder.mkdir(parents=True, exist_ok=True)
-    images, clock = [], time.perf_counter()
+    clock, images = time.perf_counter(), None
     chunks = generate(run, s, sampler, count, labels, RANK, WORLD)
-    for x in tqdm(chunks, file=sys.stdout, disable=None):
-        x = to_uint8(x, run.decoder)
-        gathered = [x]
+    progress = tqdm(range(0, count, WORLD * CHUNK), file=sys.stdout, disable=None)
+    for first, x in zip(progress, chunks):
+        rows = [to_uint8(x, run.decoder)]
         if WORLD > 1:
-            gathered = [torch.empty_like(x) for _ in range(WORLD)]
-            dist.gather(x, gathered if RANK == 0 else None)
-        images += gathered
+            x, rows = rows[0], [torch.empty_like(rows[0]) for _ in range(WORLD)]
+            dist.gather(x, rows if RANK == 0 else None)
+        if RANK == 0:  # filled in place: up to 39 GB
+            rows = torch.cat(rows)[:count - first]
+            images = images if first else rows.new_empty((count, *rows.shape[1:]))
+            images[first:first + len(rows)] = rows
     if RANK == 0:
-        seconds, images = time.perf_counter() - clock, torch.cat(images)[:count]
-        arr_1 = np.resize(labels, count)
-        write(path, partial(np.savez, arr_0=images.numpy(), arr_1=arr_1))
+        seconds, y = time.perf_counter() - clock, np.resize(labels, count)
+        write(path, partial(np.savez, arr_0=images.numpy(), arr_1=y))
         save_grid(path.with_suffix(".png"), images[:100])
         print(f"{path}: {count} samples, {1e3 * seconds / count:.2f} ms each")
 

@@ -366,18 +366,19 @@ def from_state_dict(state, heads=None):
 
 
 def load(path, heads=None):
-    """A file -> a SiT, and what the file holds beside its weights. The file is a raw state dict or, as
-    ours and SiT's are, {"ema": state dict, ...}. Information's "convention" is "sit" or "repa": the
-    file's own entry; else "repa" for REPA's projectors or for REPA in the name, the rule of
-    FreeFlow's sampler; else "sit". Raises ValueError with the path."""
+    """A file -> a SiT, and what the file holds beside its weights: a raw state dict or, as ours and
+    SiT's, {"ema": state dict, ...}. Its "convention" is its own entry, "sit" or "repa"; without one
+    "repa" by REPA's projectors or REPA in the name, as in FreeFlow's sampler. Raises ValueError."""
     file = read_file(path)
     try:
         state = file.get("ema", file)
         net = from_state_dict(state, heads or file.get("config", {}).get("heads"))
-        projectors = any(key.startswith("projectors.") for key in state)
-        repa = projectors or "repa" in Path(path).name.lower()
+        repa = any(key.startswith("projectors.") for key in state) or "repa" in Path(path).name.lower()
         info = {k: v for k, v in file.items() if k != "ema" and state is not file}
-        return net, {"convention": "repa" if repa else "sit", **info}
+        info.setdefault("convention", "repa" if repa else "sit")
+        if info["convention"] not in ["sit", "repa"]:
+            raise ValueError("convention is neither sit nor repa")
+        return net, info
     except Exception as e:      # whatever a file of another kind raises
         raise ValueError(f"{path}: not a SiT ({reason(e)})") from None
 

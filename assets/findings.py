@@ -11,7 +11,7 @@
     python assets/findings.py example     points.png: fmd.py's functions with a teacher of your own
 
 The charts need matplotlib, which requirements.txt does not list. The first three train students by
-plain commands of fmd.py, kept in --out. There is no data: the teacher itself judges (`features`).
+commands of fmd.py and keep them in --out. Without data, the teacher itself judges (`features`).
 """
 
 import argparse
@@ -21,11 +21,10 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
-from torch import nn
+from torch.nn import Linear, SiLU
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -37,8 +36,7 @@ STUDENT = sit.load(HERE / "student-mnist.pt")[0]
 teacher = partial(fmd.velocity_of, TEACHER)
 RED, BLUE, GREEN = "#c0392b", "#2c5aa0", "#2e8b57"
 
-BASE = "--res 28 --device cpu --k 1 --optimizer adamw"
-# Rows of the tables: name, the paper's FID, flags beyond BASE.
+# Rows of the tables: name, the paper's FID, flags of fmd.py.
 SETTINGS = [("prediction alone, k = 0", "11.91", "--correction 0 --k 0"),
             ("prediction alone, k = 0.5", "11.71", "--correction 0 --k 0.5"),
             ("prediction alone, k = 1", "12.40", "--correction 0"),
@@ -76,7 +74,7 @@ def by_teacher(steps, gamma=1.5, solver="heun"):
 
 def draw(sampler, count, seed):
     """Samples of the noises of a seed, labels in turn -> x (count, 1, 28, 28), y (count,)."""
-    run = SimpleNamespace(shape=SHAPE, device="cpu", seed=seed)
+    run = argparse.Namespace(shape=SHAPE, device="cpu", seed=seed)
     x = torch.cat(list(fmd.generate(run, run, sampler, count, LABELS)))
     return x[:count], torch.arange(count) % 10
 
@@ -85,9 +83,9 @@ def students(args, steps, flags):
     """Train one student a seed, where its run is not finished yet. Yields their networks."""
     for seed in range(args.seeds):
         name = flags.replace("--", "").replace(" ", "-") or "base"
-        folder = args.out / f"{name}-{steps}x{args.batch}-{seed}"
-        command = (f"{BASE} --steps {steps} --batch {args.batch} --eval-samples 2 --seed {seed} "
-                   f"--out {folder} {flags}")
+        folder = args.out / f"{name}-{args.optimizer}-{steps}x{args.batch}-{seed}"
+        command = (f"--device cpu --optimizer {args.optimizer} --steps {steps} --seed {seed} "
+                   f"--batch {args.batch} --eval-samples 2 --out {folder} {flags}")
         last = folder / "ckpt.pt"
         if not last.exists() or sit.read_file(last)["step"] < steps:
             with contextlib.redirect_stdout(sys.stderr):
@@ -96,7 +94,7 @@ def students(args, steps, flags):
                 signal.signal(number, signal.SIG_DFL)  # fmd.py leaves its own handlers
             if code or sit.read_file(last)["step"] < steps:  # refused, or stopped by a signal
                 raise SystemExit(code or 1)
-        yield sit.load(folder / "student.pt")[0].requires_grad_(False)
+        yield sit.load(folder / "student.pt")[0]
 
 
 # ---- Measures ----
@@ -147,13 +145,12 @@ def label_score(x, y):
 # ---- Tables ----
 def table(args, rows, steps):
     """Train the students of each row, measure them, print mean ± standard deviation over the seeds.
-    The spread within classes over the teacher's, and the share of the teacher's samples that lie
-    among the student's (recall) fall with lost modes. Endpoint error: of the same noises."""
+    The spread within classes and recall, over the teacher's samples, fall with lost modes."""
     rows = [row for row in rows if any(words in row[0] for words in args.only)]
     steps = args.steps or steps
     x_true, y = draw(by_teacher(16), args.samples, "truth")
     h_true, phi = features(x_true), draw(by_teacher(16), args.samples, "paired")[0]
-    print(f"{steps} steps, batch {args.batch}, {args.seeds} seeds, {args.samples} samples\n\n"
+    print(f"{args.optimizer}, {steps} steps of {args.batch}, {args.seeds} seeds\n\n"
           "| settings | distance, % | spread | recall | endpoint error | the paper's FID |\n"
           "|---|---|---|---|---|---|")
     for name, paper, flags in [("the teacher, other noises", "", None), *rows]:
@@ -191,7 +188,6 @@ def search(args):
         return torch.stack([label_score(sampler(z, y), y) for z in zs], 1)
     def best_of(scores):  # each image's noise with the highest score, by its rollout's score
         return slow.gather(1, scores.argmax(1, keepdim=True))
-
     quick, slow = scores(by_student(STUDENT, 1.0)), scores(by_teacher(16, 1.0))
     ranks = [values.argsort(1).argsort(1).numpy() for values in (quick, slow)]
     rho = np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(*ranks)])
@@ -207,6 +203,10 @@ def search(args):
 
 
 # ---- Charts ----
+def jump(F, z, delta):
+    return fmd.flow_map(F(z, delta), z, delta)
+
+
 def chart(width, height, columns=1):  # inches
     from matplotlib.figure import Figure  # draws with Agg; the tables need no matplotlib
     figure = Figure((width, height), dpi=110, layout="constrained")
@@ -233,8 +233,7 @@ def error(args):
         curves = []
         for net in students(args, args.steps or 900, flags):
             F = partial(fmd.average_velocity, partial(fmd.velocity_of, net), y=y, gamma=gamma)
-            durations = [delta.expand(count) for delta in deltas]
-            maps = [fmd.flow_map(F(z, delta), z, delta) for delta in durations]
+            maps = [jump(F, z, delta.expand(count)) for delta in deltas]
             curves.append([relative_error(f, x) for f, x in zip(maps, path[4::4])])
         curves = np.array(curves)  # (seeds, 16)
         axes.plot(deltas, curves.mean(0), "o-", color=colour, markersize=4, label=name)
@@ -269,7 +268,6 @@ def speed(args):
     axes.set(xlabel="images per second", ylabel="distance to the teacher's samples, %",
              title="Quality against speed; at the points: network evaluations an image")
     axes.legend()
-    axes.grid(alpha=0.3)
     picture.savefig(args.pictures / "speed.png")
 
 
@@ -286,7 +284,7 @@ def blobs(x, t):
     return (share * (CENTRES + ((1 - t) * 0.09 - t) / variance * away)).sum(1)
 
 
-class MLP(nn.Sequential):
+class MLP(torch.nn.Sequential):
     def forward(self, x, t):
         return super().forward(torch.cat([x, t[:, None]], 1))
 
@@ -294,7 +292,7 @@ class MLP(nn.Sequential):
 def distil_blobs(steps):
     """-> F, g. The training loop for a teacher of your own, here without labels."""
     torch.manual_seed(0)
-    F, g = (MLP(nn.Linear(3, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 2))
+    F, g = (MLP(Linear(3, 128), SiLU(), Linear(128, 128), SiLU(), Linear(128, 2))
             for _ in range(2))
     optimizer = torch.optim.Adam([*F.parameters(), *g.parameters()], betas=(0.9, 0.99))
     for step in range(steps):
@@ -310,10 +308,6 @@ def distil_blobs(steps):
         (loss + online_loss).backward()
         optimizer.step()
     return F.requires_grad_(False), g.requires_grad_(False)
-
-
-def jump(F, z, delta):
-    return fmd.flow_map(F(z, delta), z, delta)
 
 
 def example(args):
@@ -390,6 +384,7 @@ def main(argv=None):
     add("what", choices=findings)
     add("--steps", type=int, help="of each student (900; settings 300; example 2000)")
     add("--batch", type=int, default=32)
+    add("--optimizer", default="muon", choices=("muon", "adamw"))
     add("--seeds", type=int, default=3)
     add("--samples", type=int, default=1000)
     add("--images", type=int, default=100, help="of search")
