@@ -1023,7 +1023,7 @@ def test_world_size_does_not_matter(work, world):
     run(*args, "one")
     start(world, *args, "half", "--steps", 10)
     assert start(world, *args, "many").stdout.count("next: python") == 1    # one process speaks
-    assert apart("one", "many") < 1e-5 < 1e-3 < apart("one", "half")
+    assert apart("one", "many") < 1e-4 < 1e-3 < apart("one", "half")
     for name in ("prediction", "correction", "lambda", "online", "student_norm", "online_norm"):
         assert logged("one", name) == pytest.approx(logged("many", name), rel=2e-3, abs=5e-6), name
     start(world, *args, "half")                         # carried on by as many: bit for bit
