@@ -3,7 +3,7 @@
 
     python assets/benchmark.py                               the bundled teacher, batch 64
     python assets/benchmark.py SiT-B/2 --batch 4             a named size, random weights, latents
-    python assets/benchmark.py SiT-XL/2 --batch 32 -- --compile --bf16      flags of fmd.py follow --
+    python assets/benchmark.py bundled -- --optimizer adamw  flags of fmd.py follow --
     python assets/benchmark.py memory                        of SiT-XL/2 on a GPU, without a GPU
 
 Every round takes one step of fmd.py's own loop and then each part of it, so that a machine that slows
@@ -12,6 +12,7 @@ the same batch. Utilisation (MFU) needs --peak, the device's TFLOP/s.
 """
 
 import argparse
+import re
 import sys
 import tempfile
 import time
@@ -210,12 +211,16 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("what", nargs="?", default="bundled", help="bundled, a size such as SiT-B/2, or memory")
-    add("flags", nargs="*", help="flags of fmd.py, behind --")
     add("--res", type=int, default=256, choices=(256, 512), help="of a named size")
     add("--batch", type=int, default=64)
     add("--rounds", type=int, default=15)
     add("--peak", type=float, help="TFLOP/s of the device (H100, bfloat16: 989)")
-    args = parser.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    split = argv.index("--") if "--" in argv else len(argv)
+    args = parser.parse_args(argv[:split])
+    args.flags = argv[split + 1:]
+    if not re.fullmatch(r"bundled|memory|SiT-(S|B|L|XL)/[248]", args.what):
+        parser.error(f"{args.what}: must be bundled, memory or a size such as SiT-B/2")
     memory(args) if args.what == "memory" else report(args)
 
 
