@@ -7,18 +7,17 @@
   precision  share of the samples inside the manifold of the reference (arXiv 1904.06991)
   recall     share of the reference inside the manifold of the samples
 
-Comments marked TF name a quirk of the TensorFlow graph, reproduced here.
-
   python fid.py SAMPLES REFERENCE                              every metric that the inputs allow
   python fid.py SAMPLES REFERENCE --metrics fid --json         one metric, as JSON
   python fid.py IMAGES --save-stats stats.npz                  statistics, a REFERENCE for later
   torchrun --nproc_per_node=8 fid.py SAMPLES REFERENCE         the same numbers from 8 processes
 
 Each is a folder of images (searched to any depth) or an .npz file with arr_0 (uint8, N x H x W x 3
-or 1), or with mu and sigma (and mu_s, sigma_s for sFID), or with both.
+or 1), or with mu and sigma (and mu_s, sigma_s for sFID), or both. TF marks TensorFlow's quirks.
 """
 
 import argparse
+import atexit
 import contextlib
 import datetime
 import hashlib
@@ -385,6 +384,8 @@ def join(device):
     if WORLD > 1 and not dist.is_initialized():       # hours: others wait for process 0
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                                 timeout=datetime.timedelta(hours=2))
+        if device.type == "cpu":                           # else gloo may abort at exit
+            atexit.register(dist.destroy_process_group)
     return device
 
 
@@ -439,9 +440,8 @@ def main(argv=None):
             print("note:", note, file=sys.stderr)
         if as_json:
             print(json.dumps(result))
-            return 0
         for name in ("fid", "sfid", "is", "precision", "recall"):
-            if name in result:
+            if name in result and not as_json:
                 print(f"{name:10} {result[name]:.5f}")
     return 0
 

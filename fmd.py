@@ -408,12 +408,12 @@ def setup(s):
             for block in net.blocks:
                 block.compile(dynamic=False)
         run.derivative = torch.compile(duration_derivative, dynamic=False)
-    if WORLD > 1:  # CPU: fixed buckets, so that a resumed run rounds alike
-        nets = [DDP(net, find_unused_parameters=s.device == "cpu") for net in nets]
+    if WORLD > 1:  # CPU: fixed buckets, so that resumed runs round alike
+        wrap = partial(DDP, find_unused_parameters=s.device == "cpu")
+        nets = [wrap(net, gradient_as_bucket_view=True) for net in nets]
     exact = partial(velocity_of, convention=run.convention)  # in float32
     velocity = partial(exact, bf16=s.bf16)
-    run.teacher = partial(velocity, teacher)
-    run.student, run.online = (partial(velocity, net) for net in nets)
+    run.teacher, run.student, run.online = (partial(velocity, x) for x in (teacher, *nets))
     run.unwrapped = partial(velocity if s.derivative == "jvp" else exact, run.net)
     run.one_step = partial(one_step, partial(exact, run.ema))
     if RANK == 0:
@@ -544,7 +544,7 @@ def sample(s):
         net, path = load(run, s, s.teacher), s.folder / "rollout.npz"
         sampler = partial(many_steps, null=run.classes, steps=s.rollout_steps,
                           solver=s.solver, interval=s.interval)
-    velocity = partial(velocity_of, net, convention=run.convention)  # in float32
+    velocity = partial(velocity_of, net, convention=run.convention)
     sampler = partial(sampler, velocity, gamma=s.guidance)
     text = s.labels.replace("balanced", f"0-{run.classes - 1}")
     ends = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
@@ -560,7 +560,7 @@ def sample(s):
         if WORLD > 1:
             x, rows = rows[0], [torch.empty_like(rows[0]) for _ in range(WORLD)]
             dist.gather(x, rows if RANK == 0 else None)
-        if RANK == 0:  # filled in place: up to 39 GB
+        if RANK == 0:  # filled in place
             rows = torch.cat(rows)[:count - first]
             images = images if first else rows.new_empty((count, *rows.shape[1:]))
             images[first:first + len(rows)] = rows
