@@ -81,7 +81,7 @@ derivative optimizer lr online_lr warmup decay_from ema seed bf16""".split()
 def settings(parser):
     """All flags: name, default at 256 and 512, meaning."""
     def add(flag, default, meaning, kind=None, **more):
-        kind, meaning = kind or type(default), f"{meaning} (%(default)s)"
+        kind, meaning = kind or type(default), meaning + " (%(default)s)" * (default != "")
         parser.add_argument(flag, type=kind, default=default, help=meaning, **more)
     add("--res", 28, "image side; 28 has other defaults", choices=PRESETS)
     add("--teacher", "", "file, name in sit.RELEASED or URL")
@@ -93,14 +93,14 @@ def settings(parser):
     add("--correction", 0.25, "its share of the batch [paper]")
     add("--k", 1.0, "exponent of the weights [paper]")
     add("--alpha", 1.0, "strength of correction [paper]")
-    add("--gamma", [1.0, 2.0], "range of γ in training", float, nargs=2)
+    add("--gamma", [1.0, 2.0], "γ in training", float, nargs=2)
     add("--interval", [0.0, 1.0], "guided t, except in correction", float, nargs=2)
     add("--cut", 0.7, "largest guided r in correction [paper]")
     add("--r-location", 0.8, "location of r's logit [paper]")
     add("--r-scale", 1.0, "scale of r's logit")
     add("--derivative", "jvp", "∂F/∂δ", choices=("jvp", "fd"))
     add("--optimizer", "adamw", "see make_optimizers", choices=("adamw", "muon"))
-    add("--lr", 1e-4, "peak rate of the student")
+    add("--lr", 1e-4, "student's peak rate")
     add("--online-lr", 1e-4, "peak rate of g")
     add("--warmup", 1000, "steps of linear warm-up")
     add("--decay-from", 1.0, "share of steps before decay")
@@ -336,7 +336,7 @@ def train(s):
         if saved and RANK == 0:
             save(run, s)
         if stopped:
-            return print(f"saved after step {run.step}; type the same to go on")
+            return print(f"saved after step {run.step}; rerun to go on")
     print(f"next: python fmd.py --res {s.res} --sample 100 --out {s.folder}")
 
 
