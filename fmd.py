@@ -67,10 +67,10 @@ CHUNK = 128 if GPU else 64  # samples computed at a time
 # ---- 1. Settings. [paper]: the paper's value. For the others it gives none; they are ours ----
 # How the presets of --res differ from the defaults below.
 PRESETS = {
-    28: dict(teacher=str(ASSETS / "teacher-mnist.pt"), steps=1500, batch=32, lr=1e-3,
-             online_lr=1e-3, warmup=20, decay_from=0.3, ema=0.995, derivative="fd",
-             optimizer="muon", bf16=False, compile=False, eval_samples=256, log_every=25,
-             eval_every=500, ckpt_every=500),
+    28: dict(teacher=str(ASSETS / "teacher-mnist.pt"), steps=1750, batch=32, lr=1e-3,
+             online_lr=1e-3, warmup=20, decay_from=0.3, ema=0.99, derivative="fd",
+             optimizer="muon", alpha=0.5, bf16=False, compile=False, eval_samples=256,
+             log_every=25, eval_every=500, ckpt_every=500),
     256: dict(teacher="SiT-XL/2"), 512: dict(teacher="SiT-XL/2-512"),
 }
 # A run resumes only with the same values of these.
@@ -90,8 +90,8 @@ def settings(parser):
     add("--out", "", "folder; default: out/RES")
     add("--steps", 100_000, "optimiser steps [paper]")
     add("--batch", 256, "samples a step [paper]")
-    add("--correction", 0.25, "its share of the batch [paper]")
-    add("--k", 1.0, "exponent of the weights [paper]")
+    add("--correction", 0.25, "share of the batch [paper]")
+    add("--k", 1.0, "exponent of weights [paper]")
     add("--alpha", 1.0, "strength of correction [paper]")
     add("--gamma", [1.0, 2.0], "γ in training", float, nargs=2)
     add("--interval", [0.0, 1.0], "guided t, except in correction", float, nargs=2)
@@ -99,16 +99,16 @@ def settings(parser):
     add("--r-location", 0.8, "location of r's logit [paper]")
     add("--r-scale", 1.0, "scale of r's logit")
     add("--derivative", "jvp", "∂F/∂δ", choices=("jvp", "fd"))
-    add("--optimizer", "adamw", "see make_optimizers", choices=("adamw", "muon"))
+    add("--optimizer", "adamw", "the student's", choices=("adamw", "muon"))
     add("--lr", 1e-4, "student's peak rate")
     add("--online-lr", 1e-4, "peak rate of g")
-    add("--warmup", 1000, "steps of linear warm-up")
+    add("--warmup", 1000, "steps of warm-up")
     add("--decay-from", 1.0, "share of steps before decay")
     add("--ema", 0.9999, "decay of the average")
     add("--seed", 0, "of every draw")
-    add("--eval-samples", 64, "noises of the endpoint error")
+    add("--eval-samples", 64, "noises of endpoint errors")
     add("--log-every", 50, "steps between log lines")
-    add("--eval-every", 5000, "steps between endpoint errors")
+    add("--eval-every", 5000, "steps between evaluations")
     add("--ckpt-every", 5000, "steps between saves")
     add("--device", "cuda" if GPU else "cpu", "cpu, cuda or cuda:N")
     switch = partial(parser.add_argument, action=argparse.BooleanOptionalAction)
@@ -366,8 +366,8 @@ def start_from(teacher, **embedders):
 
 
 def make_optimizers(net, lr, kind):
-    """-> [(optimizer, peak rate)]: AdamW; with "muon" the matrices in the blocks get Muon instead,
-    orthogonal updates (kellerjordan.github.io/posts/muon) scaled to AdamW's size. All [ours]."""
+    """-> [(optimizer, peak rate)]: AdamW; "muon" updates matrices in the blocks by Muon instead, at
+    AdamW's size (kellerjordan.github.io/posts/muon). Ours; not for g: slower there, no better."""
     matrices = [p for p in net.blocks.parameters() if p.ndim == 2 and kind == "muon"]
     chosen = set(matrices)
     others = [p for p in net.parameters() if p.requires_grad and p not in chosen]
@@ -391,7 +391,7 @@ def setup(s):
     run.weights = [p.detach() for p in run.net.parameters()]
     run.averages = list(run.ema.parameters())
     run.optimizers = make_optimizers(run.net, s.lr, s.optimizer)
-    run.optimizers += make_optimizers(run.g, s.online_lr, s.optimizer)
+    run.optimizers += make_optimizers(run.g, s.online_lr, "adamw")
     run.bad = torch.tensor(False, device=run.device)
     s.folder.mkdir(parents=True, exist_ok=True)
     resume(run, s)

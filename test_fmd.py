@@ -1257,7 +1257,7 @@ def test_findings_in_miniature(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(findings, "SETTINGS", findings.SETTINGS[-1:])
     monkeypatch.setattr(fmd, "CHUNK", 4)
     small = "--steps 2 --batch 8 --seeds 1 --samples 12 --images 4 --tries 2 --out o --pictures ."
-    for what, rows in (("objectives", 6), ("settings", 4), ("guidance", 7), ("search", 6)):
+    for what, rows in (("objectives", 7), ("settings", 4), ("guidance", 7), ("search", 6)):
         findings.main([what, *small.split()])
         out = capsys.readouterr().out
         assert out.count("\n|") + out.startswith("|") == rows and "nan" not in out, what
