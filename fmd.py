@@ -67,10 +67,10 @@ CHUNK = 128 if GPU else 64  # samples computed at a time
 # ---- 1. Settings. [paper]: the paper's value. For the others it gives none; they are ours ----
 # How the presets of --res differ from the defaults below.
 PRESETS = {
-    28: dict(teacher=str(ASSETS / "teacher-mnist.pt"), steps=1750, batch=32, lr=1e-3,
+    28: dict(teacher=str(ASSETS / "teacher-mnist.pt"), steps=1750, batch=32, lr=7e-4,
              online_lr=1e-3, warmup=20, decay_from=0.3, ema=0.99, derivative="fd",
-             optimizer="muon", alpha=0.5, bf16=False, compile=False, eval_samples=256,
-             log_every=25, eval_every=500, ckpt_every=500),
+             optimizer="muon", alpha=0.5, r_location=0.4, cut=0.5, bf16=False, compile=False,
+             eval_samples=256, log_every=25, eval_every=500, ckpt_every=500),
     256: dict(teacher="SiT-XL/2"), 512: dict(teacher="SiT-XL/2-512"),
 }
 # A run resumes only with the same values of these.
