@@ -1102,7 +1102,7 @@ def test_what_a_run_refuses_leaves_the_last_checkpoint(work, capsys, monkeypatch
     run(*args, 2)
     run(*args, 2)                                       # a finished run, typed again
     no = partial(refused, capsys, fmd.main)
-    no([*args, 2, "--alpha", 2], "--out o: a run of 2 steps with {'alpha': 1.0};")
+    no([*args, 2, "--k", 2], "--out o: a run of 2 steps with {'k': 1.0};")
     no([*args, 1], "--out o: a run of 2 steps with {};")
     def full(*a):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
