@@ -59,15 +59,14 @@ from tqdm import tqdm
 import sit
 from fid import LOCAL_RANK, RANK, WORLD, join, write
 
-ASSETS = Path(__file__).resolve().parent / "assets"
 GPU = torch.cuda.is_available()
-CHUNK = 128 if GPU else 64  # samples computed at a time
+CHUNK = 128 if GPU else 64  # samples at a time
 
 
-# ---- 1. Settings. [paper]: the paper's value. For the others it gives none; they are ours ----
+# ---- 1. Settings. [paper] marks the paper's values; the others, and the presets, are ours ----
 # How the presets of --res differ from the defaults below.
 PRESETS = {
-    28: dict(teacher=str(ASSETS / "teacher-mnist.pt"), steps=1750, batch=32, lr=7e-4,
+    28: dict(teacher="assets/teacher-mnist.pt", steps=1750, batch=32, lr=7e-4,
              online_lr=1e-3, warmup=20, decay_from=0.3, ema=0.99, derivative="fd",
              optimizer="muon", alpha=0.5, r_location=0.4, cut=0.5, bf16=False, compile=False,
              eval_samples=256, log_every=25, eval_every=500, ckpt_every=500),
@@ -83,7 +82,7 @@ def settings(parser):
     def add(flag, default, meaning, kind=None, **more):
         kind, meaning = kind or type(default), meaning + " (%(default)s)" * (default != "")
         parser.add_argument(flag, type=kind, default=default, help=meaning, **more)
-    add("--res", 28, "image side; 28 has other defaults", choices=PRESETS)
+    add("--res", 28, "image side; sets other defaults", choices=PRESETS)
     add("--teacher", "", "file, name in sit.RELEASED or URL")
     add("--vae", "sd-vae-ft-ema", "decoder, likewise")
     add("--convention", "auto", "the teacher's clock and sign", choices=("auto", "sit", "repa"))
@@ -134,8 +133,8 @@ def generator(device, *key):
 def prior(count, key, shape, classes, gamma, r, device="cpu", rank=0, world=1):
     """Draws for `count` rows of one step -> a namespace of tensors.
     z, n (b, *shape) ~ N(0, I), y (b,) in [0, classes), delta (b,) ~ U(0, 1), gamma (b,) ~ U(low,
-    high), r (b,) ~ LogitNormal(location, scale). Prediction ignores n and r; correction, delta. A
-    process draws all rows and keeps b = count / world: their number does not change the draws."""
+    high), r (b,) ~ LogitNormal(location, scale). Prediction ignores n and r; correction, delta.
+    Each process draws all rows and keeps b = count / world, so that `world` changes no draw."""
     source = generator(device, *key)
     normal = partial(torch.randn, generator=source, device=device)
     uniform = partial(torch.rand, generator=source, device=device)
@@ -157,8 +156,8 @@ def expand(t, x):
 
 def guided(velocity, x, t, y, gamma, null, interval=(0.0, 1.0)):
     """Classifier-free guidance u(x|∅) + γ (u(x|y) - u(x|∅)), by one call of velocity(x, t, y).
-    x (B, ...); t, y, gamma (B,); null an int -> (B, ...). For t outside the interval γ is 1, which
-    is no guidance. All channels are guided (the DiT code guides three)."""
+    x (B, ...); t, y (B,); gamma (B,) or a number; null an int -> (B, ...). For t outside the interval
+    γ is 1, which is no guidance. All channels are guided (the DiT code guides three)."""
     low, high = interval
     gamma = torch.where((low <= t) & (t <= high), gamma, 1.0)
     labels = torch.cat([y, torch.full_like(y, null)])
@@ -192,7 +191,7 @@ def duration_derivative(F, z, delta, F_z=None, method="jvp", h=5e-3):
     jvp: forward mode with tangent 1 on δ and 0 on z, exact. Fused attention has no forward
     derivative, so this call takes the plain kernel. fd: backward difference with an error of O(h).
     F_z = F(z, δ), if at hand, saves it an evaluation. fd needs float32: the rounding of bfloat16,
-    divided by h, is as large as F. (A negative δ - h is harmless: v_G multiplies this by δ.)"""
+    divided by h, is as large as F. δ - h may be negative: near δ = 0 v_G hardly sees ∂F/∂δ."""
     if method == "fd":
         F_z = F(z, delta) if F_z is None else F_z
         return (F_z - F(z, delta - h)) / h
@@ -234,8 +233,8 @@ def weighted(residual, k=1.0, eps=1e-3):
 def student_loss(F_p, residual_G, F_c, residual_N, k=1, alpha=1, mean=torch.mean, eps=1e-6):
     """-> loss, λ. The loss is one mean over both parts of the batch, F_p · sg(w Δ_G) of shape
     (P, ...) and F_c · sg(λ w Δ_N) of shape (C, ...). Its gradient in F is proportional to w Δ, so
-    descent moves F against its residual. λ = α E|w Δ_G| / (E|w Δ_N| + ε), or α if a part is empty,
-    makes the mean norms equal at α = 1 [paper; after w: ours]. Give a `mean` over all processes."""
+    descent moves F against its residual. λ = α E|w Δ_G| / (E|w Δ_N| + ε), or α if a part is empty:
+    at α = 1 both mean norms are equal [paper; after w: ours]. Give a `mean` over all processes."""
     G = weighted(residual_G, k).detach()  # sg
     N = weighted(residual_N, k).detach()
     lam = G.new_full((), alpha)
@@ -267,10 +266,10 @@ def average_velocity(velocity, z, delta, y, gamma):
 # ---- 7. The training loop ----
 def mean_of_all(values):
     """The mean over the values of all processes, of which each holds the same number."""
-    mean = values.detach().float().mean()
+    mean = values.detach().float().mean().double()  # exact sums of steps
     if WORLD > 1:
         dist.all_reduce(mean)
-    return mean / WORLD
+    return (mean / WORLD).float()
 
 
 def any_process(flag=False):
@@ -302,7 +301,7 @@ def train(s):
         F_p = average_velocity(student, p.z, p.delta, p.y, p.gamma)
         F_c = average_velocity(student, c.z, torch.ones_like(c.r), c.y, c.gamma)
 
-        # Its derivative in δ, without gradient: no DDP wrapper. fd needs F_p in float32.
+        # Its derivative in δ, without gradient and DDP. fd reuses F_p, unless that is bfloat16.
         F = partial(average_velocity, run.unwrapped, y=p.y, gamma=p.gamma)
         dF = run.derivative(F, p.z, p.delta, None if s.bf16 else F_p.detach(), s.derivative)
 
@@ -319,14 +318,16 @@ def train(s):
         norms = [clip_grad_norm_(net.parameters(), 1) for net in (run.net, run.g)]
         run.bad |= ~torch.stack(norms).isfinite().all()  # no GPU wait
         rate = learning_rate(step, s.steps, s.warmup, s.decay_from)
-        for optimizer, peak_rate in run.optimizers:
-            optimizer.param_groups[0]["lr"] = peak_rate * rate
+        for optimizer in run.optimizers:
+            optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * rate
             optimizer.step()
             optimizer.zero_grad()
         decay = min(s.ema, (1 + step) / (10 + step))  # the average forgets its start
-        torch._foreach_lerp_(run.averages, run.weights, 1 - decay)
+        for average, weight in zip(run.ema.parameters(), run.net.parameters()):
+            average.lerp_(weight.detach(), 1 - decay)
 
-        run.step, last, stopped = step + 1, step + 1 == s.steps, any_process(signals)
+        run.step, last = step + 1, step + 1 == s.steps
+        stopped = any_process(signals)
         logged = last or run.step % s.log_every == 0 or run.step % s.eval_every == 0
         saved = last or stopped or run.step % s.ckpt_every == 0
         if (logged or saved) and run.bad:
@@ -366,16 +367,16 @@ def start_from(teacher, **embedders):
 
 
 def make_optimizers(net, lr, kind):
-    """-> [(optimizer, peak rate)]: AdamW; "muon" updates matrices in the blocks by Muon instead, at
-    AdamW's size (kellerjordan.github.io/posts/muon). Ours; not for g: slower there, no better."""
+    """-> [AdamW], or for "muon" [AdamW, Muon]: Muon updates the matrices in the blocks, at AdamW's
+    size (kellerjordan.github.io/posts/muon). Ours; not for g: slower there, no better."""
     matrices = [p for p in net.blocks.parameters() if p.ndim == 2 and kind == "muon"]
     chosen = set(matrices)
     others = [p for p in net.parameters() if p.requires_grad and p not in chosen]
-    adamw = torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0, fused=True)
+    adamw = torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0, fused=True)
     if kind == "adamw":
-        return [(adamw, lr)]
-    muon = torch.optim.Muon(matrices, weight_decay=0, adjust_lr_fn="match_rms_adamw")
-    return [(adamw, lr), (muon, lr)]
+        return [adamw]
+    muon = torch.optim.Muon(matrices, lr, weight_decay=0, adjust_lr_fn="match_rms_adamw")
+    return [adamw, muon]
 
 
 def setup(s):
@@ -388,8 +389,6 @@ def setup(s):
     run.net = start_from(teacher, dt=True, gw=True)
     run.g = start_from(teacher, gw=True)
     run.ema = start_from(run.net).requires_grad_(False)
-    run.weights = [p.detach() for p in run.net.parameters()]
-    run.averages = list(run.ema.parameters())
     run.optimizers = make_optimizers(run.net, s.lr, s.optimizer)
     run.optimizers += make_optimizers(run.g, s.online_lr, "adamw")
     run.bad = torch.tensor(False, device=run.device)
@@ -408,10 +407,10 @@ def setup(s):
             for block in net.blocks:
                 block.compile(dynamic=False)
         run.derivative = torch.compile(duration_derivative, dynamic=False)
-    if WORLD > 1:  # CPU: fixed buckets, so that resumed runs round alike
+    if WORLD > 1:  # on a CPU DDP so keeps its buckets: resumed runs round alike
         wrap = partial(DDP, find_unused_parameters=s.device == "cpu")
         nets = [wrap(net, gradient_as_bucket_view=True) for net in nets]
-    exact = partial(velocity_of, convention=run.convention)  # in float32
+    exact = partial(velocity_of, convention=run.convention)  # never bfloat16
     velocity = partial(exact, bf16=s.bf16)
     run.teacher, run.student, run.online = (partial(velocity, x) for x in (teacher, *nets))
     run.unwrapped = partial(velocity if s.derivative == "jvp" else exact, run.net)
@@ -425,17 +424,17 @@ def setup(s):
 
 def log(run, s, residual_G, residual_N, online_loss, lam, norms):
     """A line of metrics.jsonl; at an evaluation samples.png and the endpoint error |x - φ| / |φ|,
-    φ being the teacher's samples from the same noises. images_per_s counts saves, evaluations."""
+    φ being the teacher's samples of the same noises. images_per_s includes saves, evaluations."""
     terms = {"prediction": residual_G.square(), "correction": residual_N.square(),
              "online": online_loss, "lambda": lam, "student_norm": norms[0],
              "online_norm": norms[1]}
-    line = {k: mean_of_all(v).nan_to_num().item() for k, v in terms.items()}
+    line = {k: mean_of_all(v).nan_to_num().item() for k, v in terms.items()}  # nan: no rows
     if RANK > 0:
         return
     now, images = time.perf_counter(), s.batch * (run.step - run.clock_step)
     seconds, run.clock, run.clock_step = now - run.clock, now, run.step
     line |= {"step": run.step, "images_per_s": images / seconds,
-             "lr": run.optimizers[0][0].param_groups[0]["lr"],
+             "lr": run.optimizers[0].param_groups[0]["lr"],
              "gpu_gb": torch.cuda.max_memory_allocated() / 1e9}
     if run.step == s.steps or run.step % s.eval_every == 0:
         x, phi = evaluate(run, s, run.one_step), run.phi
@@ -455,7 +454,7 @@ def save(run, s):
                 convention=run.convention, gamma=s.gamma)
     write(s.folder / "student.pt", partial(torch.save, file))
     file |= dict(student=run.net.state_dict(), online=run.g.state_dict(),
-                 optimizers=[o.state_dict()["state"] for o, _ in run.optimizers],
+                 optimizers=[o.state_dict()["state"] for o in run.optimizers],
                  settings={name: getattr(s, name) for name in FIXED}, step=run.step,
                  log_size=(s.folder / "metrics.jsonl").stat().st_size)
     write(s.folder / "ckpt.pt", partial(torch.save, file))
@@ -473,7 +472,7 @@ def resume(run, s):
                 run.ema.load_state_dict(sit.our_names(file["ema"]))
                 run.net.load_state_dict(file["student"])
                 run.g.load_state_dict(file["online"])
-                for (o, _), state in zip(run.optimizers, file["optimizers"], strict=True):
+                for o, state in zip(run.optimizers, file["optimizers"], strict=True):
                     o.load_state_dict({**o.state_dict(), "state": state})
         except Exception as e:  # whatever a file of another kind raises
             raise ValueError(f"{path}: not of this run ({sit.reason(e)})") from None
@@ -497,7 +496,6 @@ def one_step(velocity, z, y, gamma):
 
 def many_steps(velocity, z, y, gamma, null, steps=16, solver="heun", interval=(0.0, 1.0)):
     """The teacher's samples, by a guided rollout. z (B, ...), y (B,), gamma a number."""
-    gamma = torch.full(y.shape, gamma, device=z.device)
     u = partial(guided, velocity, y=y, gamma=gamma, null=null, interval=interval)
     return rollout(u, z, steps, solver)
 
@@ -537,11 +535,12 @@ def sample(s):
     run, count = SimpleNamespace(device=join(s.device)), s.sample or s.rollout
     if s.sample:
         source, path = s.ckpt or s.folder / "student.pt", s.folder / "samples.npz"
-        if s.res == 28 and not s.ckpt and not source.exists():
-            source = ASSETS / "student-mnist.pt"
+        if s.res == 28 and not (s.ckpt or s.out or source.exists()):
+            source = "assets/student-mnist.pt"
         net, sampler = load(run, s, source, student=True), one_step
     else:
-        net, path = load(run, s, s.teacher), s.folder / "rollout.npz"
+        source, path = s.teacher, s.folder / "rollout.npz"
+        net = load(run, s, source)
         sampler = partial(many_steps, null=run.classes, steps=s.rollout_steps,
                           solver=s.solver, interval=s.interval)
     velocity = partial(velocity_of, net, convention=run.convention)
@@ -568,17 +567,18 @@ def sample(s):
         seconds, y = time.perf_counter() - clock, np.resize(labels, count)
         write(path, partial(np.savez, arr_0=images.numpy(), arr_1=y))
         save_grid(path.with_suffix(".png"), images[:100])
-        print(f"{path}: {count} samples, {1e3 * seconds / count:.2f} ms each")
+        print(f"{path}: {count} samples of {source}, {1e3 * seconds / count:.2f} ms each")
 
 
 # ---- 10. The command line ----
-def parse(argv=None):
+def parse(argv):
     """The command line -> a namespace of settings. Bad input exits with one line and code 2."""
     parser = argparse.ArgumentParser("fmd.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"fmd.py: {message}\n")
     settings(parser)
-    parser.set_defaults(**PRESETS[parser.parse_args(argv).res])
+    no_help = [x for x in argv if x not in ("-h", "--help")]
+    parser.set_defaults(**PRESETS[parser.parse_args(no_help).res])
     s = parser.parse_args(argv)
 
     def limit(low, high, names):
@@ -598,7 +598,7 @@ def parse(argv=None):
     return s
 
 
-def main(argv=None):
+def main(argv):
     s = parse(argv)
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # process 0 speaks for all
@@ -607,7 +607,7 @@ def main(argv=None):
     try:
         sample(s) if s.sample or s.rollout else train(s)
     except torch.OutOfMemoryError:
-        print("fmd.py: GPU memory is full: lower --batch", file=sys.stderr)
+        print("fmd.py: GPU memory is full: lower --batch (samples: CHUNK)", file=sys.stderr)
         return 2
     except (ValueError, OSError) as e:
         print(f"fmd.py: {e}", file=sys.stderr)
@@ -617,4 +617,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -267,11 +267,11 @@ RELEASED = {
 
 
 def fetch(source):
-    """A file's path, a name of RELEASED or a URL -> a local path. The last two are downloaded once into
-    torch hub's cache, to a temporary file that is renamed. Raises ValueError with the URL and the
-    place for the file."""
-    if Path(source).is_file():
-        return Path(source)
+    """A file's path, also one below this folder, a name of RELEASED or a URL -> a local path. The last
+    two are downloaded once, to torch hub's cache. ValueError names the URL and the place for the file."""
+    for path in (Path(source), Path(__file__).parent / source):
+        if path.is_file():
+            return path
     url = RELEASED.get(source, str(source))
     if "://" not in url:
         raise ValueError(f"{source}: no such file, nor a released one ({', '.join(RELEASED)})")

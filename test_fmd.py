@@ -247,6 +247,11 @@ def test_learning_rate():
     rates = [fmd.learning_rate(step, 100, 9, 0.5) for step in (0, 4, 9, 50, 75, 99)]
     assert rates == pytest.approx([0.1, 0.5, 1, 1, 0.5, 0.02])
 
+def test_a_mean_over_processes_keeps_large_steps_exact(monkeypatch):
+    monkeypatch.setattr(fmd, "WORLD", 63)
+    monkeypatch.setattr(fmd.dist, "all_reduce", lambda x: x.mul_(63))
+    assert fmd.mean_of_all(torch.tensor(300_001.0)) == 300_001
+
 # ---- sit.py ----------------------------------------------------------------------------------------
 STUDENT = dict(dt=True, gw=True)
 def tiny(**extra):
@@ -910,6 +915,9 @@ def apart(a, b):
 def test_main_job_writes_what_it_promises_and_samples_by_the_authors_rule(work, capsys):
     run(*SMALL, "--steps", 4, "--eval-every", 2, "--out", "o")
     assert "next: python fmd.py" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        fmd.parse(["--help"])                           # shows the defaults of 28
+    assert "optimiser steps [paper] (1750)" in capsys.readouterr().out
     assert sorted(os.listdir("o")) == ["ckpt.pt", "metrics.jsonl", "samples.png", "student.pt"]
     for term in ("prediction", "correction", "online", "lambda", "student_norm", "images_per_s", "lr"):
         assert len(logged("o", term)) == 4
@@ -942,7 +950,7 @@ def test_optimizers_share_out_the_weights():
     net = tiny(**STUDENT)
     trained = {p for p in net.parameters() if p.requires_grad}
     for kind in ("adamw", "muon"):
-        groups = [o.param_groups[0]["params"] for o, _ in fmd.make_optimizers(net, 0.1, kind)]
+        groups = [o.param_groups[0]["params"] for o in fmd.make_optimizers(net, 0.1, kind)]
         assert sum(map(len, groups)) == len(trained) and set().union(*groups) == trained
     assert set(groups[1]) == {p for p in net.blocks.parameters() if p.ndim == 2}
 
@@ -984,11 +992,8 @@ BAD = [
     ("--res 27", "argument --res: invalid choice: 27"),
     ("--batch 0", "--batch 0: must be from 1"),
     ("--correction nan", "--correction nan: must be from 0 to 1"),
-    ("--cut 1.5", "--cut 1.5: must be from 0 to 1"),
-    ("--lr -1", "--lr -1.0: must be from 0"),
     ("--k inf", "--k inf: must be from 0"),
     ("--gamma 2 1", r"--gamma \[2.0, 1.0\]: must be from 0 to .*, in order"),
-    ("--gamma 1", "argument --gamma: expected 2 arguments"),
     ("--interval 0.5 2", r"--interval \[0.5, 2.0\]: must be from 0 to 1"),
     ("--seed 1.5", "argument --seed: invalid int value: '1.5'"),
     ("--lable 1", "unrecognized arguments: --lable"),
@@ -1000,6 +1005,7 @@ BAD = [
     ("--teacher student.pt", "student.pt: not a teacher"),
     ("--sample 1 --ckpt teacher.pt", "teacher.pt: not a student"),
     ("--sample 1 --ckpt cut.pt", "cut.pt: not a checkpoint"),
+    ("--sample 1 --out typo", "typo/student.pt: no such file"),
     ("--rollout 1 --sample 1", "--rollout 1: not together with --sample"),
     ("--rollout 1 --labels 5-3", "--labels 5-3: give"),
     ("--rollout 1 --labels 10", "--labels 10: give .* below 10"),
@@ -1107,7 +1113,7 @@ def test_what_a_run_refuses_leaves_the_last_checkpoint(work, capsys, monkeypatch
     def full(*a):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
     for plant, message in ((lambda residual, k: residual * math.inf, "not finite; nothing is saved"),
-                           (full, r"\Afmd.py: GPU memory is full: lower --batch\n\Z")):
+                           (full, r"\Afmd.py: GPU memory is full: lower --batch .*\n\Z")):
         with monkeypatch.context() as patch:
             patch.setattr(fmd, "weighted", plant)
             for every in (1, 50):                       # seen at a line of the log, and at a save
@@ -1178,13 +1184,9 @@ def test_a_step_on_cuda_does_not_wait_for_the_host(work, fake_cuda, args):
     run = fake_cuda(args)
     assert run.net.checkpointing == run.g.checkpointing == recompute
 
-@pytest.mark.parametrize("plant, fault", [
-    (lambda x: x * x.sum().item(), "local_scalar_dense"),
-    (lambda x: x + torch.zeros(1, 4, 1, 1, device="cpu"), "cuda:0 and cpu")])
-def test_a_step_on_cuda_that_waits_is_found(work, fake_cuda, monkeypatch, plant, fault):
-    real = fmd.weighted
-    monkeypatch.setattr(fmd, "weighted", lambda residual, k: plant(real(residual, k)))
-    with pytest.raises(Exception, match=fault):
+def test_a_step_on_cuda_that_waits_is_found(work, fake_cuda, monkeypatch):
+    monkeypatch.setattr(fmd, "weighted", lambda residual, k: residual * residual.sum().item())
+    with pytest.raises(Exception, match="local_scalar_dense"):
         fake_cuda("--bf16")
 
 def test_sampling_on_cuda_does_not_wait_for_the_host(fake_cuda):
@@ -1219,7 +1221,7 @@ def test_bfloat16_keeps_the_direction_of_the_gradients(work, monkeypatch):
     """Cosine of w Δ_G and w Δ_N, bf16 against float32; student and g of a short training."""
     monkeypatch.setattr(fmd, "CHUNK", 1)
     run(*"--steps 20 --batch 16 --eval-samples 1 --device cpu --out o".split())
-    teacher, file = sit.load(fmd.ASSETS / "teacher-mnist.pt")[0], torch.load("o/ckpt.pt")
+    teacher, file = sit.load(sit.fetch("assets/teacher-mnist.pt"))[0], torch.load("o/ckpt.pt")
     nets = (teacher, sit.from_state_dict(file["student"]), sit.from_state_dict(file["online"]))
     p = fmd.prior(24, (0,), (1, 28, 28), 10, (1.0, 2.0), (0.8, 1.0))
     @torch.no_grad()
@@ -1254,11 +1256,10 @@ def test_findings_in_miniature(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(HERE / "assets")
     import findings
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(findings, "SETTINGS", findings.SETTINGS[-1:])
     monkeypatch.setattr(fmd, "CHUNK", 4)
     small = "--steps 2 --batch 8 --seeds 1 --samples 12 --images 4 --tries 2 --out o --pictures ."
-    for what, rows in (("objectives", 7), ("settings", 4), ("guidance", 7), ("search", 6)):
-        findings.main([what, *small.split()])
+    for what, rows in (("objectives", 8), ("settings --only jvp", 4), ("guidance", 7), ("search", 6)):
+        findings.main([*what.split(), *small.split()])
         out = capsys.readouterr().out
         assert out.count("\n|") + out.startswith("|") == rows and "nan" not in out, what
 
