@@ -407,7 +407,7 @@ def setup(s):
             for block in net.blocks:
                 block.compile(dynamic=False)
         run.derivative = torch.compile(duration_derivative, dynamic=False)
-    if WORLD > 1:  # on a CPU DDP so keeps its buckets: resumed runs round alike
+    if WORLD > 1:  # on a CPU the flag keeps DDP from regrouping: resume is exact
         wrap = partial(DDP, find_unused_parameters=s.device == "cpu")
         nets = [wrap(net, gradient_as_bucket_view=True) for net in nets]
     exact = partial(velocity_of, convention=run.convention)  # never bfloat16
