@@ -284,7 +284,7 @@ def learning_rate(step, steps, warmup, decay_from):
 
 
 def train(s):
-    """Distil. Writes student.pt, ckpt.pt, metrics.jsonl and samples.png to s.folder."""
+    """Distil. Writes student.pt, ckpt.pt, metrics.jsonl and pairs.png to s.folder."""
     run = setup(s)
     student, teacher = run.student, partial(guided, run.teacher, null=run.classes)
     draw = partial(prior, shape=run.shape, classes=run.classes, gamma=s.gamma,
@@ -423,7 +423,7 @@ def setup(s):
 
 
 def log(run, s, residual_G, residual_N, online_loss, lam, norms):
-    """A line of metrics.jsonl; at an evaluation samples.png and the endpoint error |x - φ| / |φ|,
+    """A line of metrics.jsonl; at an evaluation pairs.png and the endpoint error |x - φ| / |φ|,
     φ being the teacher's samples of the same noises. images_per_s includes saves, evaluations."""
     terms = {"prediction": residual_G.square(), "correction": residual_N.square(),
              "online": online_loss, "lambda": lam, "student_norm": norms[0],
@@ -441,7 +441,7 @@ def log(run, s, residual_G, residual_N, online_loss, lam, norms):
         error = (x - phi).flatten(1).norm(dim=1) / phi.flatten(1).norm(dim=1)
         line["endpoint_error"] = error.mean().item()
         pairs = torch.stack([phi, x], 1)[:50].flatten(0, 1)
-        save_grid(s.folder / "samples.png", to_uint8(pairs, run.decoder))
+        save_grid(s.folder / "pairs.png", to_uint8(pairs, run.decoder))
     text = json.dumps({k: round(v, 8) for k, v in line.items()})
     tqdm.write(text)
     with open(s.folder / "metrics.jsonl", "a") as file:

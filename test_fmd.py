@@ -918,7 +918,7 @@ def test_main_job_writes_what_it_promises_and_samples_by_the_authors_rule(work, 
     with pytest.raises(SystemExit):
         fmd.parse(["--help"])                           # shows the defaults of 28
     assert "optimiser steps [paper] (1750)" in capsys.readouterr().out
-    assert sorted(os.listdir("o")) == ["ckpt.pt", "metrics.jsonl", "samples.png", "student.pt"]
+    assert sorted(os.listdir("o")) == ["ckpt.pt", "metrics.jsonl", "pairs.png", "student.pt"]
     for term in ("prediction", "correction", "online", "lambda", "student_norm", "images_per_s", "lr"):
         assert len(logged("o", term)) == 4
     lines = [json.loads(line) for line in open("o/metrics.jsonl")]
@@ -1135,7 +1135,7 @@ def test_imagenet_in_miniature(work, monkeypatch, extra):
     torch.save(small_decoder((32,) * 4).state_dict(), "vae.pt")
     big = "--res 256 --teacher xl.pt --vae vae.pt --device cpu --eval-samples 2 --out big".split()
     run(*big, "--steps", 2, "--batch", 8, "--log-every", 1, *extra)
-    assert len(logged("big")) == 2 and Image.open("big/samples.png").size[1] > 256
+    assert len(logged("big")) == 2 and Image.open("big/pairs.png").size[1] > 256
     run(*big, "--sample", 6)
     many = np.load("big/samples.npz")
     assert many["arr_0"].shape == (6, 256, 256, 3) and many["arr_1"].tolist() == list(range(6))
