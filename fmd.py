@@ -266,7 +266,7 @@ def average_velocity(velocity, z, delta, y, gamma):
 # ---- 7. The training loop ----
 def mean_of_all(values):
     """The mean over the values of all processes, of which each holds the same number."""
-    mean = values.detach().float().mean().double()  # exact sums of steps
+    mean = values.detach().float().mean().double()  # float64 sums steps exactly
     if WORLD > 1:
         dist.all_reduce(mean)
     return (mean / WORLD).float()
@@ -407,7 +407,7 @@ def setup(s):
             for block in net.blocks:
                 block.compile(dynamic=False)
         run.derivative = torch.compile(duration_derivative, dynamic=False)
-    if WORLD > 1:  # on a CPU the flag keeps DDP from regrouping: resume is exact
+    if WORLD > 1:  # the flag keeps DDP from regrouping: exact resume on a CPU
         wrap = partial(DDP, find_unused_parameters=s.device == "cpu")
         nets = [wrap(net, gradient_as_bucket_view=True) for net in nets]
     exact = partial(velocity_of, convention=run.convention)  # never bfloat16

@@ -267,8 +267,8 @@ RELEASED = {
 
 
 def fetch(source):
-    """A file's path, also one below this folder, a name of RELEASED or a URL -> a local path. The last
-    two are downloaded once, to torch hub's cache. ValueError names the URL and the place for the file."""
+    """A path (from the working folder or this file's), a name of RELEASED or a URL -> a local path. The
+    last two are downloaded once, to torch hub's cache. ValueError has the URL and the file's place."""
     for path in (Path(source), Path(__file__).parent / source):
         if path.is_file():
             return path
