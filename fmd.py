@@ -1,32 +1,36 @@
 # SPDX-License-Identifier: MIT
-"""FMD: data-free flow-map distillation, a minimal implementation of FreeFlow (arXiv 2511.19428).
+"""FMD: data-free flow-map distillation, a minimal FreeFlow (arXiv 2511.19428).
 
 A pretrained flow model (the teacher) makes a sample by integrating its velocity from noise to data,
-in tens to hundreds of network evaluations. A flow map (the student) jumps along the same path in one.
+in tens to hundreds of network evaluations. A flow map (the student) jumps along the path in one.
 This file distils one into the other without data: training states come from the prior, where all
 paths start, or are the student's own predictions. *Prediction* makes the student's path follow the
-teacher's velocity. *Correction* matches the velocity of the student's noised samples to the teacher's.
+teacher's velocity. *Correction* matches the velocity that noises the student's samples to the
+teacher's.
 
-Time: t = 1 IS NOISE, t = 0 IS DATA. Velocities point in the generating direction, from noise to data.
+Time: t = 1 IS NOISE, t = 0 IS DATA. Velocities point from noise to data.
 
-  symbol     in the code         meaning                                             shape, range
-  z          z                   prior sample, standard normal                       (B, ...)
-  y, ∅       y, null             class label, null label                             (B,)
-  γ          gamma; gw           guidance strength, 1 is none; its embedder          (B,)
-  t          t                   time                                                (B,), 0 to 1
-  δ          delta; dt           duration, from t = 1 to 1 - δ; its embedder         (B,), 0 to 1
-  u(x, t)    u                   the teacher's velocity, dx/dδ along its path        like x
-  F(z, δ)    F; F_z, F_p, F_c    the student: average velocity over the first δ of
-                                 the path from z. F is the function, F_z a value     like z
-  ∂F/∂δ      dF                  its derivative in δ at fixed z                      like z
-  f(z, δ)    flow_map(F_z, z, δ) z + δ F(z, δ), the path after δ; f(z, 1) is a sample like z
-  v_G        v_G                 ∂f/∂δ = F + δ ∂F/∂δ, the generating velocity        like z
-  n, r       n, r                fresh noise; the time of a noised sample            like x; (B,)
-  x_r        x_r                 I_r(x, n) = (1 - r) x + r n                         like x
-  v_N        v_N                 E[x - n | x_r], the noising velocity of samples x   like x
-  g(x_r, r)  g, "online"         network that learns v_N while the student changes   like x
-  Δ_G, Δ_N   residual_G, _N      student minus teacher: v_G - u, v_N - u             like x
-  w, λ       weighted, lam       weight of a sample; of correction                   (B,); ()
+  symbol     in the code    meaning                                              shape, range
+  z          z              prior sample, standard normal                        (B, ...)
+  y, ∅       y, null        class label, null label                              (B,)
+  γ          gamma          guidance strength; 1 is no guidance                  (B,)
+  t          t              time                                                 (B,), 0 to 1
+  δ          delta          duration, from t = 1 to t = 1 - δ                    (B,), 0 to 1
+  u(x, t)    u              the teacher's velocity, dx/dδ along its path         like x
+  F(z, δ)    F              the student: average velocity over the first δ of
+                            the path that starts at z                            like z
+  ∂F/∂δ      F_dot          its derivative in δ at fixed z                       like z
+  f(z, δ)    flow_map       z + δ F(z, δ), the path after δ; f(z, 1) is a sample like z
+  v_G        v_G            ∂f/∂δ = F + δ ∂F/∂δ, the generating velocity         like z
+  n, r       n, r           fresh noise; the time of a noised sample             like x; (B,)
+  x_r        x_r            I_r(x, n) = (1 - r) x + r n                          like x
+  v_N        v_N            E[x - n | x_r], the noising velocity of samples x    like x
+  g(x_r, r)  g              online network, learns v_N during training           like x
+  Δ_G        residual_p     v_G - u, the residual of prediction                  like x
+  Δ_N        residual_c     v_N - u, the residual of correction                  like x
+  w, λ       weighted, lam  weight of a sample; weight of correction             (B,); ()
+
+A name ending in _p or _c holds rows of prediction or of correction.
 
 Launch:
   python fmd.py                                            distil the bundled teacher, or resume
@@ -36,13 +40,18 @@ Launch:
 """
 
 import argparse
-import hashlib
+import atexit
+import datetime
 import json
+import math
 import os
 import re
+import shlex
 import signal
 import sys
+import tempfile
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -57,98 +66,44 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 import sit
-from fid import LOCAL_RANK, RANK, WORLD, join, write
 
+try:
+    import fcntl
+except ImportError:
+    fcntl = None  # on Windows
+
+# Set by torchrun: number of this process, among all and on its machine, and the number of all.
+RANK, LOCAL_RANK = int(os.environ.get("RANK") or 0), int(os.environ.get("LOCAL_RANK") or 0)
+WORLD = int(os.environ.get("WORLD_SIZE") or 1)
 GPU = torch.cuda.is_available()
 CHUNK = 128 if GPU else 64  # samples at a time
 
 
-# ---- 1. Settings. [paper] marks the paper's values; the others, and the presets, are ours ----
-# How the presets of --res differ from the defaults below.
-PRESETS = {
-    28: dict(teacher="assets/teacher-mnist.pt", steps=1750, batch=32, lr=7e-4,
-             online_lr=1e-3, warmup=20, decay_from=0.3, ema=0.99, derivative="fd",
-             optimizer="muon", alpha=0.5, r_location=0.4, cut=0.5, bf16=False, compile=False,
-             eval_samples=256, log_every=25, eval_every=500, ckpt_every=500),
-    256: dict(teacher="SiT-XL/2"), 512: dict(teacher="SiT-XL/2-512"),
-}
-# A run resumes only with the same values of these.
-FIXED = """res teacher convention batch correction k alpha gamma interval cut r_location r_scale
-derivative optimizer lr online_lr warmup decay_from ema seed bf16""".split()
+# ---- 1. The prior: every random number of a step ----
+def prior(count, shape, classes, gamma_range=(1, 2), r_logit=(0.8, 1), source=None, device="cpu"):
+    """Draws for `count` rows -> a namespace of tensors. z, n (B, *shape) ~ N(0, I), y (B,) in
+    [0, classes), delta (B,) ~ U(0, 1), gamma (B,) ~ U(low, high), r (B,) ~ LogitNormal(location,
+    scale). Prediction uses delta, correction n and r. source: a torch.Generator of the device."""
+    on = dict(generator=source, device=device)
+    low, high = gamma_range
+    location, scale = r_logit
+    return SimpleNamespace(
+        z=torch.randn(count, *shape, **on),
+        n=torch.randn(count, *shape, **on),
+        y=torch.randint(classes, (count,), **on),
+        delta=torch.rand(count, **on),
+        gamma=low + (high - low) * torch.rand(count, **on),
+        r=torch.sigmoid(location + scale * torch.randn(count, **on)))
 
 
-def settings(parser):
-    """All flags: name, default at 256 and 512, meaning."""
-    def add(flag, default, meaning, kind=None, **more):
-        kind, meaning = kind or type(default), meaning + " (%(default)s)" * (default != "")
-        parser.add_argument(flag, type=kind, default=default, help=meaning, **more)
-    add("--res", 28, "image side; sets other defaults", choices=PRESETS)
-    add("--teacher", "", "file, name in sit.RELEASED or URL")
-    add("--vae", "sd-vae-ft-ema", "decoder, likewise")
-    add("--convention", "auto", "the teacher's clock and sign", choices=("auto", "sit", "repa"))
-    add("--out", "", "folder; default: out/RES")
-    add("--steps", 100_000, "optimiser steps [paper]")
-    add("--batch", 256, "samples a step [paper]")
-    add("--correction", 0.25, "share of the batch [paper]")
-    add("--k", 1.0, "exponent of weights [paper]")
-    add("--alpha", 1.0, "strength of correction [paper]")
-    add("--gamma", [1.0, 2.0], "γ in training", float, nargs=2)
-    add("--interval", [0.0, 1.0], "guided t, except in correction", float, nargs=2)
-    add("--cut", 0.7, "largest guided r in correction [paper]")
-    add("--r-location", 0.8, "location of r's logit [paper]")
-    add("--r-scale", 1.0, "scale of r's logit")
-    add("--derivative", "jvp", "∂F/∂δ", choices=("jvp", "fd"))
-    add("--optimizer", "adamw", "the student's", choices=("adamw", "muon"))
-    add("--lr", 1e-4, "student's peak rate")
-    add("--online-lr", 1e-4, "peak rate of g")
-    add("--warmup", 1000, "steps of warm-up")
-    add("--decay-from", 1.0, "share of steps before decay")
-    add("--ema", 0.9999, "decay of the average")
-    add("--seed", 0, "of every draw")
-    add("--eval-samples", 64, "noises of endpoint errors")
-    add("--log-every", 50, "steps between log lines")
-    add("--eval-every", 5000, "steps between evaluations")
-    add("--ckpt-every", 5000, "steps between saves")
-    add("--device", "cuda" if GPU else "cpu", "cpu, cuda or cuda:N")
-    switch = partial(parser.add_argument, action=argparse.BooleanOptionalAction)
-    switch("--bf16", default=GPU, help="networks compute in bfloat16")
-    switch("--compile", default=GPU, help="torch.compile blocks, derivative")
-    switch("--checkpointing", help="recompute activations; default: by memory")
-    add("--sample", 0, "N samples of the student")
-    add("--rollout", 0, "N samples of the teacher")
-    add("--ckpt", "", "student; default: OUT/student.pt")
-    add("--guidance", 1.5, "γ of the samples")
-    add("--labels", "balanced", "balanced, 7 or 0-9")
-    add("--solver", "heun", "solver of the rollout", choices=("heun", "euler"))
-    add("--rollout-steps", 32, "steps of the rollout")
-
-
-# ---- 2. The prior: every random number of a step ----
-def generator(device, *key):
-    """A torch.Generator for a key such as (seed, step, "prediction"): equal keys, equal draws."""
-    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big"))
-
-
-def prior(count, key, shape, classes, gamma, r, device="cpu", rank=0, world=1):
-    """Draws for `count` rows of one step -> a namespace of tensors.
-    z, n (b, *shape) ~ N(0, I), y (b,) in [0, classes), delta (b,) ~ U(0, 1), gamma (b,) ~ U(low,
-    high), r (b,) ~ LogitNormal(location, scale). Prediction ignores n and r; correction, delta.
-    Each process draws all rows and keeps b = count / world, so that `world` changes no draw."""
-    source = generator(device, *key)
-    normal = partial(torch.randn, generator=source, device=device)
-    uniform = partial(torch.rand, generator=source, device=device)
-    (low, high), (location, scale) = gamma, r
-    draws = dict(z=normal(count, *shape), n=normal(count, *shape), delta=uniform(count),
-                 y=torch.randint(classes, (count,), generator=source, device=device),
-                 gamma=low + (high - low) * uniform(count),
-                 r=torch.sigmoid(location + scale * normal(count)))
-    mine = slice(rank * count // world, (rank + 1) * count // world)
+def shard(draws, rank, world):
+    """One process's rows of a batch. All draw the whole batch: their number changes no draw."""
+    mine = slice(rank * len(draws.z) // world, (rank + 1) * len(draws.z) // world)
     # Copies: torch.compile cannot trace a JVP in a slice of a larger tensor.
-    return SimpleNamespace(**{k: v[mine].clone() for k, v in draws.items()})
+    return SimpleNamespace(**{name: value[mine].clone() for name, value in vars(draws).items()})
 
 
-# ---- 3. The teacher: a guided velocity and its rollout ----
+# ---- 2. The teacher: a guided velocity and its rollout ----
 def expand(t, x):
     """(B,) -> (B, 1, ..., 1), to multiply x (B, ...)."""
     return t.view(-1, *[1] * (x.ndim - 1))
@@ -156,8 +111,8 @@ def expand(t, x):
 
 def guided(velocity, x, t, y, gamma, null, interval=(0.0, 1.0)):
     """Classifier-free guidance u(x|∅) + γ (u(x|y) - u(x|∅)), by one call of velocity(x, t, y).
-    x (B, ...); t, y (B,); gamma (B,) or a number; null an int -> (B, ...). For t outside the interval
-    γ is 1, which is no guidance. All channels are guided (the DiT code guides three)."""
+    x (B, ...); t, y (B,); gamma (B,) or a number; null, the index of ∅ -> like x. γ is 1, which is no
+    guidance, for t outside the interval. All channels are guided (the DiT code guides three)."""
     low, high = interval
     gamma = torch.where((low <= t) & (t <= high), gamma, 1.0)
     labels = torch.cat([y, torch.full_like(y, null)])
@@ -168,18 +123,26 @@ def guided(velocity, x, t, y, gamma, null, interval=(0.0, 1.0)):
 @torch.no_grad()
 def rollout(u, z, steps, solver="heun"):
     """Integrate dx/dδ = u(x, 1 - δ) from z at δ = 0 to δ = 1 on a uniform grid -> like z (B, ...).
-    Euler calls u(x, t), of x (B, ...) and t (B,), once a step, Heun twice."""
+    u(x, t) takes x (B, ...) and t (B,). Euler calls it once a step, Heun twice, except in the last
+    step (as EDM, arXiv 2206.00364, Algorithm 1): at t = 0, where the second call would be, x holds no
+    noise for u to remove. Its answer there leaves grey specks on black."""
     x = z
     for i in range(steps):
         v = u(x, x.new_full((len(x),), 1 - i / steps))
-        if solver == "heun":
+        if solver == "heun" and i + 1 < steps:
             v_next = u(x + v / steps, x.new_full((len(x),), 1 - (i + 1) / steps))
             v = (v + v_next) / 2
         x = x + v / steps
     return x
 
 
-# ---- 4. The student: a flow map and its derivative ----
+# ---- 3. The student: a flow map and its derivative ----
+def average_velocity(velocity, z, delta, y, gamma):
+    """F(z, δ). velocity(x, t, y, delta, gamma) is the student's network: its t stays at the prior, and
+    δ and γ have embedders of their own. z (B, ...); delta, y, gamma (B,) -> like z."""
+    return velocity(z, torch.ones_like(delta), y, delta=delta, gamma=gamma)
+
+
 def flow_map(F_z, z, delta):
     """f(z, δ) = z + δ F(z, δ); at δ = 1 a sample. F_z = F(z, δ) and z (B, ...), delta (B,)."""
     return z + expand(delta, z) * F_z
@@ -188,82 +151,348 @@ def flow_map(F_z, z, delta):
 @torch.no_grad()
 def duration_derivative(F, z, delta, F_z=None, method="jvp", h=5e-3):
     """∂F/∂δ at fixed z, without gradient. z (B, ...), delta (B,) -> like z.
-    jvp: forward mode with tangent 1 on δ and 0 on z, exact. Fused attention has no forward
-    derivative, so this call takes the plain kernel. fd: backward difference with an error of O(h).
-    F_z = F(z, δ), if at hand, saves it an evaluation. fd needs float32: the rounding of bfloat16,
-    divided by h, is as large as F. δ - h may be negative: near δ = 0 v_G hardly sees ∂F/∂δ."""
+    jvp: exact, forward mode with tangent 1 on δ. Fused attention has no forward derivative, so this
+    call takes the plain kernel. fd: backward difference with an error of O(h), in float32: the
+    rounding of bfloat16, divided by h, is as large as F. F_z = F(z, δ), if at hand, saves fd a call.
+    To copy: F is the bare network, not DDP's wrapper; it has no dropout, because two calls must
+    agree; its time embedding is smooth in δ, so not rounded to integers."""
     if method == "fd":
         F_z = F(z, delta) if F_z is None else F_z
-        return (F_z - F(z, delta - h)) / h
+        return (F_z - F(z, delta - h)) / h  # where δ < h, δ ∂F/∂δ is small
     with sdpa_kernel(SDPBackend.MATH):
         return torch.func.jvp(lambda d: F(z, d), (delta,), (torch.ones_like(delta),))[1]
 
 
-# ---- 5. The objectives: residuals Δ, a velocity of the student minus the teacher's ----
+# ---- 4. The objectives: residuals, a velocity of the student minus the teacher's ----
 @torch.no_grad()
-def prediction(F_z, dF, u, z, delta):
-    """Prediction (paper, Eq. 7 to 9): the residual Δ_G = v_G - u(f(z, δ), 1 - δ), like z.
+def prediction(F_z, F_dot, u, z, delta):
+    """Prediction (paper, Eq. 7 to 9) -> the residual Δ_G = v_G - u(f(z, δ), 1 - δ), like z.
     A perfect student has δ F(z, δ) = ∫ u along the path. The derivative of both sides in δ is
-    F + δ ∂F/∂δ = u(f, 1 - δ): the teacher's velocity at the *student's* own state. F_z = F(z, δ)
-    and dF = ∂F/∂δ are like z (B, ...), delta (B,); u(x, t) is the teacher."""
-    v_G = F_z + expand(delta, z) * dF
+    F + δ ∂F/∂δ = u(f, 1 - δ): the teacher's velocity at the *student's* own state.
+    F_z = F(z, δ), F_dot = ∂F/∂δ, z (B, ...); delta (B,); u(x, t).
+    To copy: u has t = 1 at noise and points to data. A wrong clock or sign trains too, to garbage."""
+    v_G = F_z + expand(delta, z) * F_dot
     return v_G - u(flow_map(F_z, z, delta), 1 - delta)
 
 
 def correction(F_z, u, g, z, n, r):
-    """Correction (paper, Eq. 10 and 11): the residual Δ_N = v_N - u at noised samples, like z; and
-    the loss of g. v_N cannot be computed: the network g(x_r, r) learns it by flow matching on the
-    student's samples. Δ_N is r / (1 - r) times the student's score minus the teacher's, both at
-    noise r: moving samples along -Δ_N lowers the KL divergence of the noised distributions (exactly
-    so at γ = 1). F_z = F(z, 1), z, n (B, ...); r (B,); u(x, t)."""
-    x = flow_map(F_z, z, torch.ones_like(r)).detach()  # the data of g
+    """Correction (paper, Eq. 10 and 11) -> the residual Δ_N = v_N - u(x_r, r), like z; g's loss.
+    v_N is the velocity of the flow that noises the student's samples. It has no formula: g learns it
+    by flow matching on these samples. Δ_N is r / (1 - r) times the student's score minus the
+    teacher's, both at noise r. Moving samples along -Δ_N lowers the KL divergence of the noised
+    distributions (exactly so at γ = 1). F_z = F(z, 1), z, n (B, ...); r (B,); u(x, t), g(x, t).
+    To copy: g starts from the teacher's weights; it is trained by this loss, and by nothing else."""
+    x = flow_map(F_z, z, torch.ones_like(r)).detach()  # g's loss moves g alone
     x_r = (1 - expand(r, x)) * x + expand(r, x) * n
     v_N = g(x_r, r)
-    online_loss = (v_N - (x - n)).square().mean()  # moves g alone
-    return (v_N - u(x_r, r)).detach(), online_loss
+    online_loss = mean_square(v_N - (x - n))
+    with torch.no_grad():
+        residual = v_N - u(x_r, r)
+    return residual, online_loss
+
+
+def mean_square(x):
+    """The mean of the squares, 0 if there are none."""
+    return x.square().sum() / max(x.numel(), 1)
 
 
 def weighted(residual, k=1.0, eps=1e-3):
     """w Δ, with w = 1 / (|Δ|²/d + ε)^k for a sample of d numbers: a few large residuals do not
-    outweigh the rest (paper, Table 1; ε is ours)."""
+    outweigh the rest (paper, Table 1; ε is ours). residual (B, ...) -> like it."""
     size = residual.flatten(1).square().mean(1)  # (B,)
     return residual / expand((size + eps) ** k, residual)
 
 
-def student_loss(F_p, residual_G, F_c, residual_N, k=1, alpha=1, mean=torch.mean, eps=1e-6):
-    """-> loss, λ. The loss is one mean over both parts of the batch, F_p · sg(w Δ_G) of shape
-    (P, ...) and F_c · sg(λ w Δ_N) of shape (C, ...). Its gradient in F is proportional to w Δ, so
-    descent moves F against its residual. λ = α E|w Δ_G| / (E|w Δ_N| + ε), or α if a part is empty:
-    at α = 1 both mean norms are equal [paper; after w: ours]. Give a `mean` over all processes."""
-    G = weighted(residual_G, k).detach()  # sg
-    N = weighted(residual_N, k).detach()
-    lam = G.new_full((), alpha)
-    if len(G) and len(N):
-        lam = alpha * mean(G.flatten(1).norm(dim=1)) / (mean(N.flatten(1).norm(dim=1)) + eps)
-    total = (F_p * G).sum() + (F_c * lam * N).sum()
+def student_loss(F_p, residual_p, F_c, residual_c, k=1.0, alpha=1.0, mean=torch.mean):
+    """-> loss, λ. The loss is the mean over the whole batch of F_p · sg(w Δ_G) and F_c · sg(λ w Δ_N).
+    Its gradient in F is proportional to w Δ, so descent moves F against its residual.
+    F_p, residual_p (P, ...); F_c, residual_c (C, ...). λ = α E|w Δ_G| / (E|w Δ_N| + 1e-6), or α if
+    a part is empty: at α = 1 both pull equally hard [paper; that w comes first is ours]. `mean` maps
+    (B,) to a number. With several processes it must be the mean over all of them."""
+    weighted_p = weighted(residual_p, k).detach()  # sg
+    weighted_c = weighted(residual_c, k).detach()
+    lam = weighted_p.new_full((), alpha)
+    if len(weighted_p) and len(weighted_c):
+        norm_p = mean(weighted_p.flatten(1).norm(dim=1))
+        norm_c = mean(weighted_c.flatten(1).norm(dim=1))
+        # [ours] The ratio, about 1 in training, has a cap. At the first step g is the teacher, and
+        # without guided rows Δ_N is rounding, which must not be scaled up to the size of Δ_G.
+        lam = alpha * (norm_p / (norm_c + 1e-6)).clamp(max=10)
+    total = (F_p * weighted_p).sum() + (F_c * lam * weighted_c).sum()
     return total / (F_p.numel() + F_c.numel()), lam
 
 
-# ---- 6. Networks as velocities ----
-# What a network's time and output mean: its clock as a function of t, and the sign that turns its
-# output into a velocity towards data. Student and g inherit the teacher's convention.
-CONVENTIONS = {"sit": (lambda t: 1 - t, 1), "repa": (lambda t: t, -1)}
+# ---- 5. The training loop ----
+def train(s):
+    """Distil. s: the settings of section 6. Writes student.pt, ckpt.pt, metrics.jsonl and pairs.png
+    to s.folder. The same command, repeated, goes on from ckpt.pt."""
+    device = join(s.device)
+
+    # ---- Networks. Student, g and the student's average start from the teacher's weights.
+    teacher, _, decoder = load(s, s.teacher, device)
+    shape, null = teacher.config["shape"], teacher.config["classes"]
+    torch.manual_seed(s.seed)  # the first layers of the new embedders are random
+    student = start_from(teacher, delta=True, gamma=True)
+    g = start_from(teacher, gamma=True)  # it sees γ, like the student [ours]
+    ema = start_from(student).requires_grad_(False)
+
+    # ---- One optimiser, two rates.
+    groups = [{"params": student.parameters()}, {"params": g.parameters()}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0, fused=True)
+
+    # ---- Resume.
+    parts = {"student": student, "online": g, "average": ema, "optimizer": optimizer}
+    run = {name: getattr(s, name) for name in FIXED + FREE} | {"teacher": sit.checksum(teacher)}
+    first, log = resume(s, parts, run)
+    print(f"{vars(s)}\nfrom step {first}")
+
+    # ---- Memory and compilation, block by block: DDP and checkpointing stay outside of the graphs.
+    if s.checkpointing is None:  # SiT-XL/2: 64 rows at 256 fit 80 GB
+        tokens = s.batch // WORLD * teacher.pos_embed.shape[1]
+        s.checkpointing = device.type == "cuda" and tokens > 64 * 256
+    student.checkpointing = g.checkpointing = s.checkpointing
+    derivative = duration_derivative
+    if s.compile:
+        print("compiling")
+        for block in (*teacher.blocks, *student.blocks, *g.blocks):
+            block.compile(dynamic=False)
+        derivative = torch.compile(duration_derivative, dynamic=False)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=s.bf16)
+
+    # ---- DDP. It averages gradients over the processes, in passes that go through its wrapper.
+    ddp_student, ddp_g = student, g
+    if WORLD > 1:
+        # The first flag keeps DDP from regrouping sums after a step: exact resume on a CPU.
+        flags = dict(find_unused_parameters=device.type == "cpu", gradient_as_bucket_view=True)
+        ddp_student, ddp_g = DDP(student, **flags), DDP(g, **flags)
+
+    # ---- Evaluation: fixed noises in the middle of the range of γ, and the teacher's samples φ.
+    middle = sum(s.gamma) / 2
+    if RANK == 0:
+        z_eval = noises(s.seed, range(s.eval_samples), shape).to(device)
+        y_eval = torch.arange(s.eval_samples, device=device) % null
+        phi = in_chunks(lambda z, y: many_steps(teacher, z, y, middle, null, interval=s.interval),
+                        z_eval, y_eval)
+
+    # ---- SIGTERM and Ctrl-C finish the step and save; so does a torchrun that is gone.
+    stopped, launcher = False, os.getppid()
+
+    def stop(number, frame):
+        nonlocal stopped
+        stopped = True
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+
+    def draw(rows, key):
+        source = generator(device, s.seed, key)
+        r_logit = s.r_location, s.r_scale
+        return shard(prior(rows, shape, null, s.gamma, r_logit, source, device), RANK, WORLD)
+
+    totals = torch.zeros(len(TERMS), device=device)  # since the last line of the log
+    clock, clock_step = time.perf_counter(), first
+    for step in tqdm(range(first, s.steps), file=sys.stdout, disable=None):
+        # ---- The prior: p are the rows for prediction, c those for correction, where δ = 1.
+        p = draw(s.batch - s.rows_c, 2 * step)
+        c = draw(s.rows_c, 2 * step + 1)
+        one = torch.ones_like(c.r)
+
+        # ---- The networks on these rows, as functions of a state and its time or duration.
+        def F(z, delta): return average_velocity(student, z, delta, p.y, p.gamma)
+        def u_p(x, t): return guided(teacher, x, t, p.y, p.gamma, null, s.interval)
+        def u_c(x, t): return guided(teacher, x, t, c.y, c.gamma, null, (0.0, s.cut))
+        def g_c(x, t): return ddp_g(x, t, c.y, gamma=c.gamma)
+
+        # ---- Forward.
+        with autocast:
+            F_p = average_velocity(ddp_student, p.z, p.delta, p.y, p.gamma)
+            F_c = average_velocity(ddp_student, c.z, one, c.y, c.gamma)
+            F_dot = derivative(F, p.z, p.delta, F_p.detach(), s.derivative)
+            residual_p = prediction(F_p, F_dot, u_p, p.z, p.delta)
+            residual_c, online_loss = correction(F_c, u_c, g_c, c.z, c.n, c.r)
+            loss, lam = student_loss(F_p, residual_p, F_c, residual_c, s.k, s.alpha, mean_of_all)
+
+        # ---- Backward.
+        (loss + online_loss).backward()  # they share no parameters
+        student_norm = clip_grad_norm_(student.parameters(), 1)
+        online_norm = clip_grad_norm_(g.parameters(), 1)
+
+        # ---- Update.
+        rate = learning_rate(step, s.steps, s.warmup, s.decay_from)
+        for group, peak in zip(optimizer.param_groups, (s.lr, s.online_lr)):
+            group["lr"] = peak * rate
+        optimizer.step()
+        optimizer.zero_grad()
+        decay = min(s.ema, (1 + step) / (10 + step))  # the average forgets its start
+        for average, weight in zip(ema.parameters(), student.parameters()):
+            average.lerp_(weight.detach(), 1 - decay)
+
+        # ---- Housekeeping. Nothing above waits for the GPU.
+        totals += torch.stack([mean_square(residual_p), mean_square(residual_c),
+                               online_loss.detach(), lam, student_norm, online_norm])
+        done = step + 1
+        last = done == s.steps
+        stopping = any_process(stopped or WORLD > 1 and os.getppid() != launcher)
+        evaluating = last or done % s.eval_every == 0
+        logging = evaluating or done % s.log_every == 0
+        saving = last or stopping or done % s.ckpt_every == 0
+        if (logging or saving) and not totals.isfinite().all():
+            raise ValueError(f"step {done}: gradient not finite; the last checkpoint stands. Repeat "
+                             "the command with another --seed, for other draws, or a lower --lr")
+        if logging:
+            means = [mean_of_all(total / (done - clock_step)).item() for total in totals]
+            images = s.batch * (done - clock_step)
+            line = dict(zip(TERMS, means), step=done, lr=s.lr * rate,
+                        images_per_s=images / (time.perf_counter() - clock),
+                        gpu_gb=torch.cuda.max_memory_allocated() / 1e9)
+            if evaluating and RANK == 0:
+                x = in_chunks(lambda z, y: one_step(ema, z, y, middle), z_eval, y_eval)
+                error = (x - phi).flatten(1).norm(dim=1) / phi.flatten(1).norm(dim=1)
+                line["endpoint_error"] = error.mean().item()
+                pairs = torch.stack([phi, x], 1)[:50].flatten(0, 1)
+                save_grid(s.folder / "pairs.png", to_uint8(pairs, decoder))
+            if RANK == 0:
+                text = json.dumps({name: round(value, 8) for name, value in line.items()})
+                tqdm.write(text)
+                print(text, file=log, flush=True)
+            totals.zero_()
+            clock, clock_step = time.perf_counter(), done
+        if saving and RANK == 0:
+            save(s, parts, run, done, log)
+        if stopping:
+            return print(f"saved after step {done}; repeat the command to go on")
+    again = ["python", "fmd.py", "--res", str(s.res), "--sample", "100", "--out", str(s.folder)]
+    print("next:", shlex.join(again))
 
 
-def velocity_of(net, x, t, y, convention="sit", bf16=False, **embeddings):
-    """A network's velocity in our time and direction. With bf16 only the network is in bfloat16."""
-    clock, sign = CONVENTIONS[convention]
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-        out = net(x, clock(t), y, **embeddings)
-    return sign * out.to(x.dtype)
+# ---- 6. Settings. [paper] marks the paper's values; the others, and the presets, are ours ----
+# How the preset of each --res differs from the defaults below.
+PRESETS = {
+    28: dict(teacher="assets/teacher-mnist.pt", steps=1750, batch=32, lr=1e-3, online_lr=1e-3,
+             warmup=20, decay_from=0.3, ema=0.99, derivative="fd", bf16=False, compile=False,
+             eval_samples=256, log_every=25, eval_every=500, ckpt_every=500),
+    256: dict(teacher="SiT-XL/2"),
+    512: dict(teacher="SiT-XL/2-512"),
+}
+# The log's means over the steps since its last line.
+TERMS = ("prediction", "correction", "online", "lambda", "student_norm", "online_norm")
+# A run resumes only with the same values of FIXED. It prints which of FREE differ.
+FIXED = """res convention batch correction k alpha gamma interval cut r_location r_scale derivative
+warmup decay_from ema bf16""".split()
+FREE = ["steps", "lr", "online_lr", "seed"]
 
 
-def average_velocity(velocity, z, delta, y, gamma):
-    """F(z, δ): the student's t stays at the prior; δ and γ have embedders of their own."""
-    return velocity(z, torch.ones_like(delta), y, dt=delta, gw=gamma)
+def parse(argv):
+    """The command line -> a namespace of settings. Bad input exits with one line and code 2."""
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--res", type=int, default=28)
+    preset = PRESETS.get(first.parse_known_args(argv)[0].res, {})
+
+    parser = argparse.ArgumentParser("fmd.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    # All processes read the same flags: one of them complains.
+    parser.error = lambda text: parser.exit(2, f"fmd.py: {text}\n" if RANK == 0 else None)
+
+    def add(flag, default, meaning, type=None, **more):
+        help = meaning if default is None else f"{meaning} (%(default)s)"
+        parser.add_argument(flag, default=default, type=type, help=help, **more)
+
+    switch = argparse.BooleanOptionalAction
+    add("--res", 28, "28: pixels of any size; 256, 512: latents. Sets defaults", int, choices=PRESETS)
+    add("--teacher", "SiT-XL/2", "file, name in sit.RELEASED or URL")
+    add("--vae", "sd-vae-ft-ema", "decoder of the latents, likewise")
+    add("--convention", None, "clock and sign, if the file is not right", choices=("sit", "repa"))
+    add("--out", None, "folder (default: out/RES)")
+    add("--device", "cuda" if GPU else "cpu", "cpu, cuda or cuda:N")
+    # Method. The defaults are those of 256 and 512.
+    add("--steps", 100_000, "optimiser steps [paper]", int)
+    add("--batch", 256, "samples a step, of all processes [paper]", int)
+    add("--correction", 0.25, "correction's share of the batch [paper]", float)
+    add("--k", 1.0, "exponent of the weights [paper]", float)
+    add("--alpha", 1.0, "strength of correction [paper]", float)
+    add("--gamma", [1.0, 2.0], "range of γ in training", float, nargs=2)
+    add("--interval", [0.0, 1.0], "t at which the teacher is guided", float, nargs=2)
+    add("--cut", 0.7, "in correction, largest r at which it is guided [paper]", float)
+    add("--r-location", 0.8, "location of the logit of r [paper]", float)
+    add("--r-scale", 1.0, "its scale", float)
+    add("--derivative", "jvp", "∂F/∂δ: exact, or a finite difference", choices=("jvp", "fd"))
+    # Optimisation.
+    add("--lr", 1e-4, "peak rate of the student", float)
+    add("--online-lr", 1e-4, "peak rate of g", float)
+    add("--warmup", 1000, "steps up to the peak", int)
+    add("--decay-from", 1.0, "share of the steps before the fall to 0", float)
+    add("--ema", 0.9999, "decay of the student's average", float)
+    add("--seed", 0, "of every draw", int)
+    add("--bf16", GPU, "networks compute in bfloat16", action=switch)
+    add("--compile", GPU, "torch.compile the blocks and the derivative", action=switch)
+    add("--checkpointing", None, "recompute activations (default: if need be)", action=switch)
+    # Housekeeping.
+    add("--log-every", 50, "steps between lines of the log", int)
+    add("--eval-every", 5000, "steps between endpoint errors", int)
+    add("--eval-samples", 64, "noises of an endpoint error", int)
+    add("--ckpt-every", 5000, "steps between checkpoints", int)
+    # Sampling, in place of training.
+    add("--sample", None, "N samples of the student", int)
+    add("--rollout", None, "N samples of the teacher", int)
+    add("--ckpt", None, "the student (default: OUT/student.pt)")
+    add("--guidance", 1.5, "γ of the samples", float)
+    add("--labels", "balanced", "balanced, one label (7) or a range (0-9)")
+    add("--solver", "heun", "solver of the rollout", choices=("heun", "euler"))
+    add("--rollout-steps", 32, "its steps", int)
+    parser.set_defaults(**preset)
+    s = parser.parse_args(argv)
+
+    def limit(low, high, *names):
+        for name in names:
+            value = getattr(s, name)
+            numbers = value if isinstance(value, list) else [value]
+            if value is not None and not all(low <= number <= high for number in numbers):
+                flag = name.replace("_", "-")
+                parser.error(f"--{flag} {value}: must be from {low} to {high}")
+
+    limit(1, 1e9, "steps", "batch", "log_every", "eval_every", "eval_samples", "ckpt_every")
+    limit(1, 1e9, "sample", "rollout", "rollout_steps")
+    limit(0, 1e9, "k", "alpha", "gamma", "r_scale", "lr", "online_lr", "warmup", "seed", "guidance")
+    limit(-1e9, 1e9, "r_location")
+    limit(0, 1, "correction", "interval", "cut", "decay_from", "ema")
+    for name, (low, high) in {"gamma": s.gamma, "interval": s.interval}.items():
+        if low > high:
+            parser.error(f"--{name} {low} {high}: the lower end comes first")
+    if s.sample and s.rollout:
+        parser.error(f"--rollout {s.rollout}: not together with --sample")
+    if s.derivative == "fd" and s.bf16:
+        parser.error("--derivative fd: too coarse in bfloat16; give --no-bf16 or --derivative jvp")
+    if (RANK, WORLD) != (0, 1) and not dist.is_torchelastic_launched():
+        parser.exit(2, f"fmd.py: RANK={RANK} WORLD_SIZE={WORLD} are set, but not by torchrun: unset "
+                    "them, or use torchrun\n")
+    s.rows_c = round(s.batch * s.correction)
+    divisor = math.gcd(s.rows_c, s.batch - s.rows_c)
+    if divisor % WORLD and not (s.sample or s.rollout):
+        fits = [n for n in range(1, divisor + 1) if divisor % n == 0]
+        parser.error(f"--batch {s.batch}: {s.batch - s.rows_c} rows of prediction and {s.rows_c} of "
+                     f"correction do not divide by {WORLD} processes; {fits} would do")
+    s.folder = Path(s.out or f"out/{s.res}")
+    return s
 
 
-# ---- 7. The training loop ----
+# ---- 7. Processes, draws and rates ----
+def join(device):
+    """Join torchrun's processes. -> this one's torch.device, for "cpu", "cuda" (one GPU each) or
+    "cuda:N". Raises ValueError for a device that is not there."""
+    if not re.fullmatch(r"cpu|cuda(:\d{1,2})?", device):
+        raise ValueError(f"--device {device}: must be cpu, cuda or cuda:N")
+    device = torch.device(f"cuda:{LOCAL_RANK}" if device == "cuda" else device)
+    if device.type == "cuda":
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"--device {device}: no such GPU here; use cpu")
+        torch.cuda.set_device(device)
+    if WORLD > 1:  # the timeout is long: all wait while process 0 evaluates, samples or saves
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+        if device.type == "cpu":  # else gloo may abort at exit
+            atexit.register(dist.destroy_process_group)
+    return device
+
+
 def mean_of_all(values):
     """The mean over the values of all processes, of which each holds the same number."""
     mean = values.detach().float().mean().double()  # float64 sums steps exactly
@@ -274,216 +503,97 @@ def mean_of_all(values):
 
 def any_process(flag=False):
     """Whether the flag is true in any process. They wait for each other, but not for a GPU."""
-    return mean_of_all(torch.tensor(float(bool(flag)))).item() > 0
+    return mean_of_all(torch.tensor(float(flag))).item() > 0
+
+
+def generator(device, seed, key):
+    """A torch.Generator for draw number `key` of a run. On a CPU torch keeps 32 bits of a seed. So the
+    key is added, not hashed: no two draws of a run share a seed."""
+    start = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    return torch.Generator(device).manual_seed(start + key)
+
+
+def noises(seed, numbers, shape):
+    """-> (len(numbers), *shape). Noise i depends on the seed and i alone."""
+    draws = [np.random.default_rng((seed, i)).standard_normal(shape, np.float32) for i in numbers]
+    return torch.from_numpy(np.array(draws, np.float32).reshape(-1, *shape))
 
 
 def learning_rate(step, steps, warmup, decay_from):
-    """Factor on the peak rates: linear warm-up, then constant, then a linear fall to zero."""
+    """The share of the peak rate: a linear rise over `warmup` steps, then 1, then a linear fall to 0."""
     fall = (steps - step) / max(1.0, steps * (1 - decay_from))
     return min((step + 1) / (warmup + 1), 1.0, fall)
 
 
-def train(s):
-    """Distil. Writes student.pt, ckpt.pt, metrics.jsonl and pairs.png to s.folder."""
-    run = setup(s)
-    student, teacher = run.student, partial(guided, run.teacher, null=run.classes)
-    draw = partial(prior, shape=run.shape, classes=run.classes, gamma=s.gamma,
-                   r=(s.r_location, s.r_scale), device=run.device, rank=RANK, world=WORLD)
-    signals = []
-    for number in (signal.SIGTERM, signal.SIGINT):  # after the step
-        signal.signal(number, lambda number, frame: signals.append(number))
-    for step in tqdm(range(run.step, s.steps), file=sys.stdout, disable=None):
-        # The prior: p are the rows for prediction, c those for correction, where δ = 1.
-        p = draw(s.batch - s.correction_rows, key=(s.seed, step, "prediction"))
-        c = draw(s.correction_rows, key=(s.seed, step, "correction"))
-
-        # The student's average velocity, with gradient.
-        F_p = average_velocity(student, p.z, p.delta, p.y, p.gamma)
-        F_c = average_velocity(student, c.z, torch.ones_like(c.r), c.y, c.gamma)
-
-        # Its derivative in δ, without gradient and DDP. fd reuses F_p, unless that is bfloat16.
-        F = partial(average_velocity, run.unwrapped, y=p.y, gamma=p.gamma)
-        dF = run.derivative(F, p.z, p.delta, None if s.bf16 else F_p.detach(), s.derivative)
-
-        # Teacher and g. Correction is guided where r <= cut. g sees γ, like the student [ours].
-        u_p = partial(teacher, y=p.y, gamma=p.gamma, interval=s.interval)
-        u_c = partial(teacher, y=c.y, gamma=c.gamma, interval=(0.0, s.cut))
-        g = partial(run.online, y=c.y, gw=c.gamma)
-
-        residual_G = prediction(F_p, dF, u_p, p.z, p.delta)
-        residual_N, online_loss = correction(F_c, u_c, g, c.z, c.n, c.r)
-        loss, lam = student_loss(F_p, residual_G, F_c, residual_N, s.k, s.alpha, mean_of_all)
-        (loss + online_loss).backward()  # disjoint parameters
-
-        norms = [clip_grad_norm_(net.parameters(), 1) for net in (run.net, run.g)]
-        run.bad |= ~torch.stack(norms).isfinite().all()  # no GPU wait
-        rate = learning_rate(step, s.steps, s.warmup, s.decay_from)
-        for optimizer in run.optimizers:
-            optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * rate
-            optimizer.step()
-            optimizer.zero_grad()
-        decay = min(s.ema, (1 + step) / (10 + step))  # the average forgets its start
-        for average, weight in zip(run.ema.parameters(), run.net.parameters()):
-            average.lerp_(weight.detach(), 1 - decay)
-
-        run.step, last = step + 1, step + 1 == s.steps
-        stopped = any_process(signals)
-        logged = last or run.step % s.log_every == 0 or run.step % s.eval_every == 0
-        saved = last or stopped or run.step % s.ckpt_every == 0
-        if (logged or saved) and run.bad:
-            raise ValueError(f"step {run.step}: gradient not finite; nothing is saved")
-        if logged:
-            log(run, s, residual_G, residual_N, online_loss, lam, norms)
-        if saved and RANK == 0:
-            save(run, s)
-        if stopped:
-            return print(f"saved after step {run.step}; rerun to go on")
-    print(f"next: python fmd.py --res {s.res} --sample 100 --out {s.folder}")
-
-
 # ---- 8. Networks, log and checkpoints ----
-def load(run, s, source, student=False):
-    """-> a frozen teacher or student. Sets run.shape, classes, convention and decoder."""
-    if LOCAL_RANK > 0:
-        any_process()  # waits: one process of a machine downloads
-    net, info = sit.load(sit.fetch(source))
-    run.decoder = sit.load_decoder(sit.fetch(s.vae)).to(run.device) if s.res > 28 else None
-    if LOCAL_RANK == 0:
+def load(s, source, device, student=False):
+    """-> a frozen teacher or student, what else its file holds, the decoder of its latents or None.
+    Raises ValueError."""
+    def fetch(source):  # one process of a machine downloads, the others wait
+        if LOCAL_RANK == 0:
+            sit.fetch(source)
         any_process()
-    run.shape, run.classes = net.config["shape"], net.config["classes"]
-    run.convention = info["convention"] if s.convention == "auto" else s.convention
-    if (net.config["dt"], net.config["gw"]) != (student, student):
+        return sit.fetch(source)
+
+    net, info = sit.load(fetch(source), convention=s.convention)
+    shape, classes = net.config["shape"], net.config["classes"]
+    if (net.config["delta"], net.config["gamma"]) != (student, student):
         raise ValueError(f"{source}: not a {'student' if student else 'teacher'}")
-    if run.shape != [4, s.res // 8, s.res // 8] and (s.res > 28 or run.shape[0] == 4):
-        raise ValueError(f"{source}: made for {run.shape}, not for --res {s.res}")
-    return net.to(run.device)
+    if shape != [4, s.res // 8, s.res // 8] and (s.res > 28 or shape[0] == 4):
+        raise ValueError(f"{source}: made for {shape}, not for --res {s.res}")
+    print(f"{source}: convention {net.config['convention']} ({info['why']}), labels 0 to "
+          f"{classes - 1}, ∅ is {classes}")
+    decoder = sit.load_decoder(fetch(s.vae)).to(device) if s.res > 28 else None
+    return net.to(device), info, decoder
 
 
-def start_from(teacher, **embedders):
-    """A network with the teacher's weights and added embedders, whose output starts at zero."""
-    net = sit.SiT(**teacher.config | embedders)
+def start_from(teacher, **inputs):
+    """A network with the teacher's weights and added inputs, whose embedders start at zero."""
+    net = sit.SiT(**teacher.config | inputs)
     net.load_state_dict(net.state_dict() | teacher.state_dict())
     return net.to(teacher.pos_embed.device)
 
 
-def make_optimizers(net, lr, kind):
-    """-> [AdamW], or for "muon" [AdamW, Muon]: Muon updates the matrices in the blocks, at AdamW's
-    size (kellerjordan.github.io/posts/muon). Ours; not for g: slower there, no better."""
-    matrices = [p for p in net.blocks.parameters() if p.ndim == 2 and kind == "muon"]
-    chosen = set(matrices)
-    others = [p for p in net.parameters() if p.requires_grad and p not in chosen]
-    adamw = torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0, fused=True)
-    if kind == "adamw":
-        return [adamw]
-    muon = torch.optim.Muon(matrices, lr, weight_decay=0, adjust_lr_fn="match_rms_adamw")
-    return [adamw, muon]
+def save(s, parts, run, step, log):
+    """student.pt, in the names of the released files; and ckpt.pt, which has the rest as well."""
+    ema = parts["average"]
+    file = {"ema": sit.released_names(ema.state_dict()), "config": ema.config, "gamma": s.gamma}
+    sit.write(s.folder / "student.pt", partial(torch.save, file))
+    file |= {name: part.state_dict() for name, part in parts.items()}
+    file |= {"run": run, "step": step, "log_size": log.tell()}
+    sit.write(s.folder / "ckpt.pt", partial(torch.save, file))
 
 
-def setup(s):
-    """-> what train reads: networks net, g, ema; velocities teacher, student, online, unwrapped."""
-    if s.correction_rows % WORLD or s.batch % WORLD:
-        raise ValueError(f"--batch {s.batch}: both parts must divide by {WORLD}")
-    run = SimpleNamespace(device=join(s.device), step=0)
-    teacher = load(run, s, s.teacher)
-    torch.manual_seed(s.seed)  # the embedders' first layers are random
-    run.net = start_from(teacher, dt=True, gw=True)
-    run.g = start_from(teacher, gw=True)
-    run.ema = start_from(run.net).requires_grad_(False)
-    run.optimizers = make_optimizers(run.net, s.lr, s.optimizer)
-    run.optimizers += make_optimizers(run.g, s.online_lr, "adamw")
-    run.bad = torch.tensor(False, device=run.device)
+def resume(s, parts, run):
+    """Load ckpt.pt, if there is one, into the parts -> its step; the log, cut to it (process 0). Raises
+    ValueError if it is of another run, or if another process is at work in the folder."""
     s.folder.mkdir(parents=True, exist_ok=True)
-    resume(run, s)
-    print(f"{vars(s)}\nconvention {run.convention}, from step {run.step}")
-
-    if s.checkpointing is None:  # XL/2: 64 rows at 256 fit 80 GB
-        tokens = s.batch // WORLD * teacher.pos_embed.shape[1]
-        s.checkpointing = run.device.type == "cuda" and tokens > 64 * 256
-    run.net.checkpointing = run.g.checkpointing = s.checkpointing
-    run.derivative, nets = duration_derivative, (run.net, run.g)
-    if s.compile:  # by block: DDP and checkpointing stay outside
-        print("compiling")
-        for net in (teacher, *nets):
-            for block in net.blocks:
-                block.compile(dynamic=False)
-        run.derivative = torch.compile(duration_derivative, dynamic=False)
-    if WORLD > 1:  # the flag keeps DDP from regrouping: exact resume on a CPU
-        wrap = partial(DDP, find_unused_parameters=s.device == "cpu")
-        nets = [wrap(net, gradient_as_bucket_view=True) for net in nets]
-    exact = partial(velocity_of, convention=run.convention)  # never bfloat16
-    velocity = partial(exact, bf16=s.bf16)
-    run.teacher, run.student, run.online = (partial(velocity, x) for x in (teacher, *nets))
-    run.unwrapped = partial(velocity if s.derivative == "jvp" else exact, run.net)
-    run.one_step = partial(one_step, partial(exact, run.ema))
+    path, log, step, log_size = s.folder / "ckpt.pt", None, 0, 0
     if RANK == 0:
-        u = partial(exact, teacher)
-        run.phi = evaluate(run, s, partial(many_steps, u, null=run.classes, interval=s.interval))
-    run.clock, run.clock_step = time.perf_counter(), run.step
-    return run
-
-
-def log(run, s, residual_G, residual_N, online_loss, lam, norms):
-    """A line of metrics.jsonl; at an evaluation pairs.png and the endpoint error |x - φ| / |φ|,
-    φ being the teacher's samples of the same noises. images_per_s includes saves, evaluations."""
-    terms = {"prediction": residual_G.square(), "correction": residual_N.square(),
-             "online": online_loss, "lambda": lam, "student_norm": norms[0],
-             "online_norm": norms[1]}
-    line = {k: mean_of_all(v).nan_to_num().item() for k, v in terms.items()}  # nan: no rows
-    if RANK > 0:
-        return
-    now, images = time.perf_counter(), s.batch * (run.step - run.clock_step)
-    seconds, run.clock, run.clock_step = now - run.clock, now, run.step
-    line |= {"step": run.step, "images_per_s": images / seconds,
-             "lr": run.optimizers[0].param_groups[0]["lr"],
-             "gpu_gb": torch.cuda.max_memory_allocated() / 1e9}
-    if run.step == s.steps or run.step % s.eval_every == 0:
-        x, phi = evaluate(run, s, run.one_step), run.phi
-        error = (x - phi).flatten(1).norm(dim=1) / phi.flatten(1).norm(dim=1)
-        line["endpoint_error"] = error.mean().item()
-        pairs = torch.stack([phi, x], 1)[:50].flatten(0, 1)
-        save_grid(s.folder / "pairs.png", to_uint8(pairs, run.decoder))
-    text = json.dumps({k: round(v, 8) for k, v in line.items()})
-    tqdm.write(text)
-    with open(s.folder / "metrics.jsonl", "a") as file:
-        file.write(text + "\n")
-
-
-def save(run, s):
-    """student.pt; and ckpt.pt, which has the rest of the run as well. By process 0."""
-    file = dict(ema=sit.released_names(run.ema.state_dict()), config=run.ema.config,
-                convention=run.convention, gamma=s.gamma)
-    write(s.folder / "student.pt", partial(torch.save, file))
-    file |= dict(student=run.net.state_dict(), online=run.g.state_dict(),
-                 optimizers=[o.state_dict()["state"] for o in run.optimizers],
-                 settings={name: getattr(s, name) for name in FIXED}, step=run.step,
-                 log_size=(s.folder / "metrics.jsonl").stat().st_size)
-    write(s.folder / "ckpt.pt", partial(torch.save, file))
-
-
-def resume(run, s):
-    """Load ckpt.pt, if there is one, and cut the log to its step. ValueError if it does not fit."""
-    path, log_size = s.folder / "ckpt.pt", 0
+        log = open(s.folder / "metrics.jsonl", "a")
+        try:
+            if fcntl:  # a lock that ends with the process
+                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"--out {s.folder}: another run is at work there") from None
     if path.exists():
         file = sit.read_file(path)
         try:
-            differ = {k: v for k, v in file["settings"].items() if v != getattr(s, k)}
-            run.step, log_size = file["step"], file["log_size"]
-            if not differ:
-                run.ema.load_state_dict(sit.our_names(file["ema"]))
-                run.net.load_state_dict(file["student"])
-                run.g.load_state_dict(file["online"])
-                for o, state in zip(run.optimizers, file["optimizers"], strict=True):
-                    o.load_state_dict({**o.state_dict(), "state": state})
+            step, log_size = file["step"], file["log_size"]
+            changed = {name: value for name, value in file["run"].items() if value != run[name]}
+            if changed.keys() - FREE or step > s.steps:
+                raise ValueError(f"it has {changed} and {step} steps; give these, or another --out")
+            for name, part in parts.items():
+                part.load_state_dict(file[name])
         except Exception as e:  # whatever a file of another kind raises
             raise ValueError(f"{path}: not of this run ({sit.reason(e)})") from None
-        if differ or run.step > s.steps:
-            raise ValueError(f"--out {s.folder}: a run of {run.step} steps with {differ}; "
-                             "give these, or another folder")
-    if mean_of_all(torch.tensor(float(run.step))) != run.step:
+        if changed:
+            print(f"note: up to step {step} this run had {changed}; the rate may jump here")
+    if mean_of_all(torch.tensor(float(step))) != step:
         raise ValueError(f"--out {s.folder}: all processes must see it")
-    if RANK == 0:
-        with open(s.folder / "metrics.jsonl", "ab") as file:
-            file.truncate(min(file.tell(), log_size))
+    if log:
+        log.truncate(min(log.tell(), log_size))
+    return step, log
 
 
 # ---- 9. Sampling ----
@@ -496,25 +606,14 @@ def one_step(velocity, z, y, gamma):
 
 def many_steps(velocity, z, y, gamma, null, steps=16, solver="heun", interval=(0.0, 1.0)):
     """The teacher's samples, by a guided rollout. z (B, ...), y (B,), gamma a number."""
-    u = partial(guided, velocity, y=y, gamma=gamma, null=null, interval=interval)
+    def u(x, t):
+        return guided(velocity, x, t, y, gamma, null, interval)
     return rollout(u, z, steps, solver)
 
 
-def generate(run, s, sampler, count, labels, rank=0, world=1):
-    """Yield sampler(z, y) by chunks, this process's share. Noise i depends on seed and i alone."""
-    for first in range(rank * CHUNK, rank * CHUNK + count, world * CHUNK):
-        mine = range(first, first + CHUNK)
-        sources = [generator("cpu", s.seed, "sample", i) for i in mine]
-        z = torch.stack([torch.randn(run.shape, generator=x) for x in sources])
-        y = torch.tensor([labels[i % len(labels)] for i in mine])
-        yield sampler(z.to(run.device), y.to(run.device))
-
-
-def evaluate(run, s, sampler):
-    """Samples of the first noises, at the middle of the student's range of γ, labels in turn."""
-    sampler = partial(sampler, gamma=sum(s.gamma) / 2)
-    chunks = generate(run, s, sampler, s.eval_samples, range(run.classes))
-    return torch.cat(list(chunks))[:s.eval_samples]
+def in_chunks(sampler, z, y):
+    """sampler(z, y) of (N, ...) and (N,), a part at a time."""
+    return torch.cat([sampler(*part) for part in zip(z.split(CHUNK), y.split(CHUNK))])
 
 
 def to_uint8(x, decoder=None):
@@ -527,93 +626,84 @@ def to_uint8(x, decoder=None):
 def save_grid(path, images):
     """(N, H, W, C) uint8 -> a PNG, ten in a row."""
     images = images.permute(0, 3, 1, 2) / 255
-    write(path, partial(save_image, images, format="PNG", nrow=10, pad_value=1))
+    sit.write(path, partial(save_image, images, format="PNG", nrow=10, pad_value=1))
 
 
 def sample(s):
-    """--sample or --rollout: N samples to an npz, as ADM's evaluator reads it, and a grid."""
-    run, count = SimpleNamespace(device=join(s.device)), s.sample or s.rollout
+    """--sample or --rollout: N samples to an npz, as ADM's evaluator reads it, and a grid of the first.
+    Whatever N and the number of processes, noise i is the same, and sample i is equal to rounding."""
+    device, count = join(s.device), s.sample or s.rollout
     if s.sample:
         source, path = s.ckpt or s.folder / "student.pt", s.folder / "samples.npz"
         if s.res == 28 and not (s.ckpt or s.out or source.exists()):
             source = "assets/student-mnist.pt"
-        net, sampler = load(run, s, source, student=True), one_step
     else:
         source, path = s.teacher, s.folder / "rollout.npz"
-        net = load(run, s, source)
-        sampler = partial(many_steps, null=run.classes, steps=s.rollout_steps,
-                          solver=s.solver, interval=s.interval)
-    velocity = partial(velocity_of, net, convention=run.convention)
-    sampler = partial(sampler, velocity, gamma=s.guidance)
-    text = s.labels.replace("balanced", f"0-{run.classes - 1}")
-    ends = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    net, info, decoder = load(s, source, device, student=bool(s.sample))
+    shape, null = net.config["shape"], net.config["classes"]
+
+    ends = re.fullmatch(r"(\d+)(?:-(\d+))?", s.labels.replace("balanced", f"0-{null - 1}"))
     labels = range(int(ends[1]), int(ends[2] or ends[1]) + 1) if ends else ()
-    if not labels or labels[-1] >= run.classes:
-        raise ValueError(f"--labels {s.labels}: give N or LOW-HIGH below {run.classes}")
+    if not labels or labels[-1] >= null:
+        raise ValueError(f"--labels {s.labels}: give N or LOW-HIGH below {null}")
+    low, high = info.get("gamma", (0, math.inf))
+    if s.sample and not low <= s.guidance <= high:
+        print(f"note: --guidance {s.guidance}: the student was trained with {low} to {high}")
+
+    def sampler(z, y):
+        if s.sample:
+            return one_step(net, z, y, s.guidance)
+        return many_steps(net, z, y, s.guidance, null, s.rollout_steps, s.solver, s.interval)
+
     s.folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=s.folder).close()  # fails now if the folder cannot be written
     clock, images = time.perf_counter(), None
-    chunks = generate(run, s, sampler, count, labels, RANK, WORLD)
-    progress = tqdm(range(0, count, WORLD * CHUNK), file=sys.stdout, disable=None)
-    for first, x in zip(progress, chunks):
-        rows = [to_uint8(x, run.decoder)]
+    for first in tqdm(range(0, count, WORLD * CHUNK), file=sys.stdout, disable=None):
+        rows = range(first, min(first + WORLD * CHUNK, count))  # of all processes
+        mine = rows[RANK * len(rows) // WORLD:(RANK + 1) * len(rows) // WORLD]
+        y = torch.tensor([labels[i % len(labels)] for i in mine], dtype=torch.long)
+        x = sampler(noises(s.seed, mine, shape).to(device), y.to(device))
+        parts = [to_uint8(x, decoder)]
         if WORLD > 1:
-            x, rows = rows[0], [torch.empty_like(rows[0]) for _ in range(WORLD)]
-            dist.gather(x, rows if RANK == 0 else None)
-        if RANK == 0:  # filled in place
-            rows = torch.cat(rows)[:count - first]
-            images = images if first else rows.new_empty((count, *rows.shape[1:]))
-            images[first:first + len(rows)] = rows
+            x, parts = parts[0], [None] * WORLD
+            dist.gather_object(x, parts if RANK == 0 else None)
+        if RANK == 0:
+            x = torch.cat(parts)
+            images = x.new_empty((count, *x.shape[1:])) if images is None else images
+            images[first:first + len(x)] = x
     if RANK == 0:
         seconds, y = time.perf_counter() - clock, np.resize(labels, count)
-        write(path, partial(np.savez, arr_0=images.numpy(), arr_1=y))
+        sit.write(path, partial(np.savez, arr_0=images.numpy(), arr_1=y))
         save_grid(path.with_suffix(".png"), images[:100])
         print(f"{path}: {count} samples of {source}, {1e3 * seconds / count:.2f} ms each")
 
 
 # ---- 10. The command line ----
-def parse(argv):
-    """The command line -> a namespace of settings. Bad input exits with one line and code 2."""
-    parser = argparse.ArgumentParser("fmd.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"fmd.py: {message}\n")
-    settings(parser)
-    no_help = [x for x in argv if x not in ("-h", "--help")]
-    parser.set_defaults(**PRESETS[parser.parse_args(no_help).res])
-    s = parser.parse_args(argv)
-
-    def limit(low, high, names):
-        for name in names.split():
-            value = getattr(s, name)
-            if not (np.diff([low, *np.ravel(value), high]) >= 0).all():
-                flag = f"--{name.replace('_', '-')} {value}"
-                parser.error(f"{flag}: must be from {low} to {high}, in order")
-
-    limit(1, 1e9, "steps batch eval_samples log_every eval_every ckpt_every rollout_steps")
-    limit(0, 1e9, "k alpha gamma r_scale lr online_lr warmup seed guidance sample rollout")
-    limit(0, 1, "correction cut interval decay_from ema")
-    if s.sample and s.rollout:
-        parser.error(f"--rollout {s.rollout}: not together with --sample")
-    s.folder = Path(s.out or f"out/{s.res}")
-    s.correction_rows = round(s.batch * s.correction)  # of a batch
-    return s
-
-
 def main(argv):
-    s = parse(argv)
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # process 0 speaks for all
-    tf32 = s.derivative == "jvp"  # a finite difference drowns in its rounding
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a terminal may have no δ
+    # Raised inside torch by the first JVP, and of no use to a reader of the log.
+    warnings.filterwarnings("ignore", message=".*torch.jit.script.*is deprecated")
     try:
+        s = parse(argv)
+        # TF32 has 10 bits: enough for training, too few for a finite difference.
+        tf32 = s.derivative == "jvp"
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
         sample(s) if s.sample or s.rollout else train(s)
+        any_process()  # process 0 may be busy still
+        return 0
+    except KeyboardInterrupt:
+        print("fmd.py: interrupted", file=sys.stderr)
+        return 130
     except torch.OutOfMemoryError:
         print("fmd.py: GPU memory is full: lower --batch (samples: CHUNK)", file=sys.stderr)
-        return 2
     except (ValueError, OSError) as e:
         print(f"fmd.py: {e}", file=sys.stderr)
-        return 2
-    any_process()  # process 0 may be busy still
-    return 0
+    except torch._dynamo.exc.BackendCompilerFailed as e:  # for example, there is no C++ compiler
+        print(f"fmd.py: --compile: {sit.reason(e)}; use --no-compile", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

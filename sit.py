@@ -3,11 +3,12 @@
 that hold their weights.
 
 The network is the Scalable Interpolant Transformer (Ma et al., arXiv 2401.08740), which has DiT's
-architecture (arXiv 2212.09748). Names and shapes are those of the released files. The network maps
-(x, t, y) to an array like x; `CONVENTIONS` in fmd.py defines what t and the output mean. Two optional
-inputs make a student or an online network of a teacher, as in the released FreeFlow weights: `dt`,
-the duration δ, and `gw`, the guidance strength γ. The last layers of their embedders are
-zero-initialised, so that the network starts as the teacher.
+architecture (arXiv 2212.09748). Names and shapes are those of the released files. `SiT(x, t, y)` is a
+velocity in the time and direction of fmd.py: t = 1 is noise, t = 0 is data, and the velocity points to
+data. Released files differ in this; see `convention`. Two optional inputs make a student or an online
+network of a teacher, as in the released FreeFlow weights: the duration `delta` and the guidance
+strength `gamma`. The last layers of their embedders are zero-initialised, so that the network starts
+as the teacher.
 
 Shapes: B batch, C channels (C' after a change), H W height, width, p patch side, T tokens, D width.
 """
@@ -15,7 +16,10 @@ Shapes: B batch, C channels (C' after a change), H W height, width, p patch side
 import argparse
 import hashlib
 import math
+import os
+import re
 import zipfile
+import zlib
 from collections import OrderedDict
 from functools import partial
 from http.client import HTTPException
@@ -118,24 +122,27 @@ class FinalLayer(nn.Module):
 
 
 class SiT(nn.Module):
-    """SiT(x, t, y[, dt][, gw]) -> array like x.
+    """SiT(x, t, y[, delta][, gamma]) -> the velocity towards data at time t, like x.
 
     shape: (C, H, W) of the input. classes: the number of labels without the null class. learn_sigma:
     the read-out has 2C channels, and the first C are returned (SiT's files; not REPA's; a student
-    keeps its teacher's). dt, gw: add that embedder."""
-    def __init__(self, shape, depth, width, heads, patch, classes, learn_sigma=False, dt=False,
-                 gw=False):
+    keeps its teacher's). delta, gamma: add that input. convention: the clock and sign that the weights
+    were trained with. "sit": their time is 1 - t, their output points to data; "repa": their time is
+    t, their output points to noise."""
+    def __init__(self, shape, depth, width, heads, patch, classes, learn_sigma=False, delta=False,
+                 gamma=False, convention="sit"):
         super().__init__()
         channels, rows, cols = shape
         self.config = dict(shape=list(shape), depth=depth, width=width, heads=heads, patch=patch,
-                           classes=classes, learn_sigma=learn_sigma, dt=dt, gw=gw)
+                           classes=classes, learn_sigma=learn_sigma, delta=delta, gamma=gamma,
+                           convention=convention)
         self.x_embedder = named(proj=nn.Conv2d(channels, width, kernel_size=patch, stride=patch))
         positions = position_table(width, rows // patch, cols // patch)
         self.pos_embed = nn.Parameter(positions, requires_grad=False)
         self.t_embedder = ScalarEmbedder(width)
         self.y_embedder = named(embedding_table=nn.Embedding(classes + 1, width))   # the last is ∅
-        self.dt_embedder = ScalarEmbedder(width) if dt else None
-        self.gw_embedder = ScalarEmbedder(width) if gw else None
+        self.dt_embedder = ScalarEmbedder(width) if delta else None     # FreeFlow's names
+        self.gw_embedder = ScalarEmbedder(width) if gamma else None
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.final_layer = FinalLayer(width, patch * patch * channels * (1 + learn_sigma))
         self.checkpointing = False      # True: recompute each block in the backward pass
@@ -161,13 +168,15 @@ class SiT(nn.Module):
         for m in zero:
             nn.init.zeros_(m.weight)
 
-    def forward(self, x, t, y, dt=None, gw=None):
-        """x (B, C, H, W); t, dt, gw (B,) float; y (B,) int64 in [0, classes], the last being ∅."""
-        c = self.t_embedder(t) + self.y_embedder(y)             # (B, D)
+    def forward(self, x, t, y, delta=None, gamma=None):
+        """x (B, C, H, W); t, delta, gamma (B,) float; y (B,) int64 in [0, classes], the last being ∅."""
+        repa = self.config["convention"] == "repa"
+        c = self.t_embedder(t if repa else 1 - t)               # (B, D)
+        c = c + self.y_embedder(y)                              # (B, D)
         if self.dt_embedder is not None:
-            c = c + self.dt_embedder(dt)                        # (B, D)
+            c = c + self.dt_embedder(delta)                     # (B, D)
         if self.gw_embedder is not None:
-            c = c + self.gw_embedder(gw)                        # (B, D)
+            c = c + self.gw_embedder(gamma)                     # (B, D)
         h = self.x_embedder(x)                                  # (B, D, H/p, W/p)
         h = h.flatten(2).transpose(1, 2) + self.pos_embed       # (B, T, D), tokens row by row
         for block in self.blocks:                               # (B, T, D)
@@ -180,7 +189,8 @@ class SiT(nn.Module):
         h = h.unflatten(2, (p, p, -1))                          # (B, T, p, p, C')
         h = h.unflatten(1, (H // p, W // p))                    # (B, H/p, W/p, p, p, C')
         h = h.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)    # (B, C', H, W)
-        return h[:, :C]                                         # (B, C, H, W)
+        velocity = (-h if repa else h)[:, :C]                   # (B, C, H, W)
+        return velocity.to(x.dtype)                             # autocast may compute in bfloat16
 
 
 # ---- SD-VAE decoder: latents to pixels (Rombach et al., arXiv 2112.10752) ------------------------
@@ -268,43 +278,75 @@ RELEASED = {
 
 def fetch(source):
     """A path (from the working folder or this file's), a name of RELEASED or a URL -> a local path. The
-    last two are downloaded once, to torch hub's cache. ValueError has the URL and the file's place."""
+    last two are downloaded once, to torch hub's cache, and kept if they can be read. ValueError has the
+    URL and the file's place."""
     for path in (Path(source), Path(__file__).parent / source):
         if path.is_file():
             return path
-    url = RELEASED.get(source, str(source))
+    url = RELEASED.get(str(source), str(source))
     if "://" not in url:
         raise ValueError(f"{source}: no such file, nor a released one ({', '.join(RELEASED)})")
-    name = f"{source.replace('/', '-')}.pt"
+    name = f"{str(source).replace('/', '-')}.pt"
     if source not in RELEASED:      # many files are called last.pt
         digest = hashlib.sha256(url.encode()).hexdigest()[:8]
         name = f"{digest}-{Path(url.split('?')[0]).name}"
     path = Path(torch.hub.get_dir(), "checkpoints", name)
-    try:
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path))
-    except (OSError, HTTPException, ValueError) as e:
-        raise ValueError(f"{source}: cannot download {url} ({reason(e)}); put the file at {path}") from None
+    if not path.exists():
+        part = path.with_name(f"{name}.part")
+        try:
+            part.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(part))
+            read_file(part)         # a server that stops early raises nothing
+            part.replace(path)
+        except (OSError, HTTPException, ValueError) as e:
+            part.unlink(missing_ok=True)
+            raise ValueError(f"{source}: cannot download {url} ({reason(e)}); "
+                             f"put the file at {path}") from None
     return path
 
 
 def reason(e):
-    """An exception in one line."""
-    return f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+    """An exception in one line. torch puts the cause of a refused pickle behind a page of advice."""
+    text = " ".join(str(e).split()).split("WeightsUnpickler error: ")[-1]
+    return f"{type(e).__name__}: {text[:300]}"
 
 
 def read_file(path):
-    """torch.load that runs nothing from the file. Tensors are mapped from the disk where the format
-    allows, so that processes share them. Raises ValueError with the path."""
+    """torch.load that runs nothing from the file. The tensors are copies in memory, so that a file may
+    be overwritten while it is in use. Raises ValueError with the path."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file")
+    with open(path, "rb") as file:
+        start = file.read(16)
     try:
-        mapped = zipfile.is_zipfile(path)
-        if mapped and zipfile.ZipFile(path).testzip():      # torch.load compares no checksums
-            raise ValueError("a checksum is wrong")
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+            raise ValueError("damaged: a checksum is wrong")            # torch.load compares none
         with torch.serialization.safe_globals([argparse.Namespace]):    # SiT saves its flags
-            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
+            return torch.load(str(path), map_location="cpu", weights_only=True)
     except Exception as e:      # a damaged zip or pickle raises a dozen types
-        raise ValueError(f"{path}: not a checkpoint, or damaged ({reason(e)})") from None
+        raise ValueError(f"{path}: not a checkpoint of tensors alone, or damaged ({reason(e)}; "
+                         f"it starts with {start})") from None
+
+
+def checksum(net):
+    """A number that tells the weights of one network from those of another."""
+    return zlib.crc32(b"".join(p.detach().cpu().numpy().tobytes() for p in net.parameters()))
+
+
+def write(path, save):
+    """Write a file whole or not at all: save(file) into a temporary beside it, fsync, rename. Raises
+    OSError with the path."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            save(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except RuntimeError as e:       # torch.save makes one of an OSError
+        raise OSError(f"cannot write {path}: {e.__context__ or e}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # FreeFlow's files name the scalar embedders' MLPs `projs` where SiT's say `mlp`. The first SD-VAE files
@@ -329,15 +371,26 @@ def released_names(state):
 
 
 def our_names(state):
-    """A released state dict, of teacher or student, in the names of SiT above, without REPA's training
-    heads."""
-    ours = rename(state, FREEFLOW_NAMES)
-    return {k: v for k, v in ours.items() if not k.startswith("projectors.")}
+    """A state dict of teacher or student, as it was saved -> in the names of SiT above, without REPA's
+    training heads. Prefixes of wrappers, such as DDP's `module.`, are removed. Raises ValueError."""
+    first = "x_embedder.proj.weight"
+    prefixes = [key.removesuffix(first) for key in state if key.endswith(first)]
+    if len(prefixes) != 1:
+        raise ValueError(f"one key should end in {first}, {len(prefixes)} do: {list(state)[:3]}")
+    state = rename(state, {prefixes[0]: ""})
+    state = rename(state, FREEFLOW_NAMES)
+    return {k: v for k, v in state.items() if not k.startswith("projectors.")}
 
 
 def fill(net, state):
-    """Give `net`, built on the meta device, these weights in float32 and freeze it. Raises RuntimeError
-    where names or shapes differ, ValueError where a value is not finite."""
+    """Give `net`, built on the meta device, these weights in float32 and freeze it. Raises ValueError
+    where names or shapes differ, or a value is not finite."""
+    ours = net.state_dict()
+    missing = [k for k in ours if k not in state]
+    unexpected = [k for k in state if k not in ours]
+    if missing or unexpected:
+        raise ValueError(f"{len(missing)} keys are missing {missing[:3]}, "
+                         f"{len(unexpected)} unexpected {unexpected[:3]}")
     net.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
     for name, value in net.state_dict().items():
         if not value.isfinite().all():
@@ -345,40 +398,53 @@ def fill(net, state):
     return net.requires_grad_(False)
 
 
-def from_state_dict(state, heads=None):
+def from_state_dict(state, heads=None, convention="sit"):
     """A SiT with these weights, in the names of SiT or FreeFlow. The shapes give its size; the named
-    size of the same depth and width gives `heads` None."""
+    size of the same depth and width gives `heads` None. Raises ValueError, KeyError."""
     state = our_names(state)
     width, channels, patch, _ = state["x_embedder.proj.weight"].shape
     side = math.isqrt(state["pos_embed"].shape[1]) * patch
     depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
     classes = len(state["y_embedder.embedding_table.weight"]) - 1
     learn_sigma = len(state["final_layer.linear.weight"]) == 2 * channels * patch ** 2
-    heads = heads or {size[:2]: size[2] for size in SIZES.values()}.get((depth, width))
-    if heads is None:
-        raise ValueError(f"cannot tell the number of heads of depth {depth}, width {width}")
+    heads = heads or {size[:2]: size[2] for size in SIZES.values()}.get((depth, width), 0)
     if heads < 1 or width % heads or classes < 1:
-        raise ValueError(f"{heads} heads and {classes} classes make no SiT of width {width}")
+        raise ValueError(f"{heads} heads and {classes} classes at depth {depth}, width {width}")
     with torch.device("meta"):
         net = SiT((channels, side, side), depth, width, heads, patch, classes, learn_sigma,
-                  dt="dt_embedder.mlp.0.weight" in state, gw="gw_embedder.mlp.0.weight" in state)
+                  "dt_embedder.mlp.0.weight" in state, "gw_embedder.mlp.0.weight" in state, convention)
     return fill(net, state)
 
 
-def load(path, heads=None):
-    """A file -> a SiT, and what the file holds beside its weights: a raw state dict or, as ours and
-    SiT's, {"ema": state dict, ...}. Its "convention" is its own entry, "sit" or "repa"; without one
-    "repa" by REPA's projectors or REPA in the name, as in FreeFlow's sampler. Raises ValueError."""
-    file = read_file(path)
+def find_convention(path, file, state):
+    """-> "sit" or "repa", and why, from a file's path and content and the state dict in it."""
+    stated = (file | file.get("config", {})).get("convention")
+    if stated:
+        return stated, "stated in the file"
+    if any("projectors." in key for key in state):
+        return "repa", "the file has REPA's projectors"
+    if re.search(r"(?<![a-z])repa(?![a-z])", Path(path).name.lower()):
+        return "repa", "REPA is a word of the file's name"      # the rule of FreeFlow's sampler
+    return "sit", "nothing in the file or its name says REPA"
+
+
+def load(path, heads=None, convention=None):
+    """A file -> a SiT; and what the file holds beside its weights, with `why` it has its convention. The
+    file is a raw state dict or, as ours and SiT's, {"ema": state dict, ...}; "model" or "state_dict"
+    may stand for "ema". Raises ValueError with the path."""
+    file, why = read_file(path), "asked for"
     try:
-        state = file.get("ema", file)
-        net = from_state_dict(state, heads or file.get("config", {}).get("heads"))
-        repa = any(key.startswith("projectors.") for key in state) or "repa" in Path(path).name.lower()
-        info = {k: v for k, v in file.items() if k != "ema" and state is not file}
-        info.setdefault("convention", "repa" if repa else "sit")
-        if info["convention"] not in ["sit", "repa"]:
-            raise ValueError("convention is neither sit nor repa")
-        return net, info
+        entries = [file[k] for k in ("ema", "model", "state_dict") if isinstance(file.get(k), dict)]
+        state = entries[0] if entries else file
+        if convention is None:
+            convention, why = find_convention(path, file, state)
+        if convention not in ("sit", "repa"):
+            raise ValueError(f"convention {convention} is neither sit nor repa")
+        net = from_state_dict(state, heads or file.get("config", {}).get("heads"), convention)
+        if getattr(file.get("args"), "num_classes", None) == net.config["classes"] + 1:
+            raise ValueError("no null class: trained without label dropout, it cannot be guided")
+        info = {k: v for k, v in file.items() if entries and v is not state}
+        return net, info | {"why": why}
     except Exception as e:      # whatever a file of another kind raises
         raise ValueError(f"{path}: not a SiT ({reason(e)})") from None
 
