@@ -241,7 +241,7 @@ def train(s):
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0, fused=True)
 
     # ---- Resume.
-    parts = {"student": student, "online": g, "average": ema, "optimizer": optimizer}
+    parts = {"student": student, "online": g, "ema": ema, "optimizer": optimizer}
     run = {name: getattr(s, name) for name in FIXED + FREE} | {"teacher": sit.checksum(teacher)}
     first, log = resume(s, parts, run)
     print(f"{vars(s)}\nfrom step {first}")
@@ -556,7 +556,7 @@ def start_from(teacher, **inputs):
 
 def save(s, parts, run, step, log):
     """student.pt, in the names of the released files; and ckpt.pt, which has the rest as well."""
-    ema = parts["average"]
+    ema = parts["ema"]
     file = {"ema": sit.released_names(ema.state_dict()), "config": ema.config, "gamma": s.gamma}
     sit.write(s.folder / "student.pt", partial(torch.save, file))
     file |= {name: part.state_dict() for name, part in parts.items()}
