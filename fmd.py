@@ -56,6 +56,9 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+# DDP's notice about find_unused_parameters (see there) is of no use. torch reads this when it starts.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
 import numpy as np
 import torch
 import torch.distributed as dist

@@ -306,9 +306,8 @@ def fetch(source):
 
 
 def reason(e):
-    """An exception in one line. torch puts the cause of a refused pickle behind a page of advice."""
-    text = " ".join(str(e).split()).split("WeightsUnpickler error: ")[-1]
-    return f"{type(e).__name__}: {text[:300]}"
+    """An exception in one line."""
+    return f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
 
 
 def read_file(path):
@@ -324,8 +323,9 @@ def read_file(path):
         with torch.serialization.safe_globals([argparse.Namespace]):    # SiT saves its flags
             return torch.load(str(path), map_location="cpu", weights_only=True)
     except Exception as e:      # a damaged zip or pickle raises a dozen types
-        raise ValueError(f"{path}: not a checkpoint of tensors alone, or damaged ({reason(e)}; "
-                         f"it starts with {start})") from None
+        found = re.search(r"GLOBAL (\S+)", str(e))      # torch has it behind a page of advice
+        cause = f"it holds a Python object, {found[1]}; save tensors alone" if found else reason(e)
+        raise ValueError(f"{path}: not a checkpoint ({cause}; the file starts with {start})") from None
 
 
 def checksum(net):
