@@ -75,9 +75,11 @@ try:
 except ImportError:
     fcntl = None  # on Windows
 
-# Set by torchrun: number of this process, among all and on its machine, and the number of all.
-RANK, LOCAL_RANK = int(os.environ.get("RANK") or 0), int(os.environ.get("LOCAL_RANK") or 0)
-WORLD = int(os.environ.get("WORLD_SIZE") or 1)
+# This process's number among all and on its machine, and the number of all.
+RANK, LOCAL_RANK, WORLD = 0, 0, 1
+if dist.is_torchelastic_launched():  # by torchrun
+    RANK, LOCAL_RANK = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    WORLD = int(os.environ["WORLD_SIZE"])
 GPU = torch.cuda.is_available()
 CHUNK = 128 if GPU else 64  # samples at a time
 
@@ -274,8 +276,7 @@ def train(s):
     if RANK == 0:
         z_eval = noises(s.seed, range(s.eval_samples), shape).to(device)
         y_eval = torch.arange(s.eval_samples, device=device) % null
-        phi = in_chunks(lambda z, y: many_steps(teacher, z, y, middle, null, interval=s.interval),
-                        z_eval, y_eval)
+        phi = many_steps(teacher, z_eval, y_eval, middle, null, interval=s.interval)
 
     # ---- SIGTERM and Ctrl-C finish the step and save; so does a torchrun that is gone.
     stopped, launcher = False, os.getppid()
@@ -335,20 +336,18 @@ def train(s):
         done = step + 1
         last = done == s.steps
         stopping = any_process(stopped or WORLD > 1 and os.getppid() != launcher)
-        evaluating = last or done % s.eval_every == 0
-        logging = evaluating or done % s.log_every == 0
-        saving = last or stopping or done % s.ckpt_every == 0
-        if (logging or saving) and not totals.isfinite().all():
-            raise ValueError(f"step {done}: gradient not finite; the last checkpoint stands. Repeat "
-                             "the command with another --seed, for other draws, or a lower --lr")
-        if logging:
+        saving = last or stopping or done % s.save_every == 0
+        if saving or done % s.log_every == 0:
+            if not totals.isfinite().all():
+                raise ValueError(f"step {done}: gradient not finite; the last checkpoint stands. Repeat "
+                                 "the command with another --seed, for other draws, or a lower --lr")
             means = [mean_of_all(total / (done - clock_step)).item() for total in totals]
             images = s.batch * (done - clock_step)
             line = dict(zip(TERMS, means), step=done, lr=s.lr * rate,
                         images_per_s=images / (time.perf_counter() - clock),
                         gpu_gb=torch.cuda.max_memory_allocated() / 1e9)
-            if evaluating and RANK == 0:
-                x = in_chunks(lambda z, y: one_step(ema, z, y, middle), z_eval, y_eval)
+            if saving and RANK == 0:
+                x = one_step(ema, z_eval, y_eval, middle)
                 error = (x - phi).flatten(1).norm(dim=1) / phi.flatten(1).norm(dim=1)
                 line["endpoint_error"] = error.mean().item()
                 pairs = torch.stack([phi, x], 1)[:50].flatten(0, 1)
@@ -372,7 +371,7 @@ def train(s):
 PRESETS = {
     28: dict(teacher="assets/teacher-mnist.pt", steps=1750, batch=32, lr=1e-3, online_lr=1e-3,
              warmup=20, decay_from=0.3, ema=0.99, derivative="fd", bf16=False, compile=False,
-             eval_samples=256, log_every=25, eval_every=500, ckpt_every=500),
+             eval_samples=256, log_every=25, save_every=500),
     256: dict(teacher="SiT-XL/2"),
     512: dict(teacher="SiT-XL/2-512"),
 }
@@ -430,9 +429,8 @@ def parse(argv):
     add("--checkpointing", None, "recompute activations (default: if need be)", action=switch)
     # Housekeeping.
     add("--log-every", 50, "steps between lines of the log", int)
-    add("--eval-every", 5000, "steps between endpoint errors", int)
+    add("--save-every", 5000, "steps between checkpoints and endpoint errors", int)
     add("--eval-samples", 64, "noises of an endpoint error", int)
-    add("--ckpt-every", 5000, "steps between checkpoints", int)
     # Sampling, in place of training.
     add("--sample", None, "N samples of the student", int)
     add("--rollout", None, "N samples of the teacher", int)
@@ -452,8 +450,8 @@ def parse(argv):
                 flag = name.replace("_", "-")
                 parser.error(f"--{flag} {value}: must be from {low} to {high}")
 
-    limit(1, 1e9, "steps", "batch", "log_every", "eval_every", "eval_samples", "ckpt_every")
-    limit(1, 1e9, "sample", "rollout", "rollout_steps")
+    limit(1, 1e9, "steps", "batch", "log_every", "save_every", "eval_samples", "sample", "rollout",
+          "rollout_steps")
     limit(0, 1e9, "k", "alpha", "gamma", "r_scale", "lr", "online_lr", "warmup", "seed", "guidance")
     limit(-1e9, 1e9, "r_location")
     limit(0, 1, "correction", "interval", "cut", "decay_from", "ema")
@@ -464,15 +462,15 @@ def parse(argv):
         parser.error(f"--rollout {s.rollout}: not together with --sample")
     if s.derivative == "fd" and s.bf16:
         parser.error("--derivative fd: too coarse in bfloat16; give --no-bf16 or --derivative jvp")
-    if (RANK, WORLD) != (0, 1) and not dist.is_torchelastic_launched():
-        parser.exit(2, f"fmd.py: RANK={RANK} WORLD_SIZE={WORLD} are set, but not by torchrun: unset "
-                    "them, or use torchrun\n")
+    left = os.environ.get("RANK") or "0", os.environ.get("WORLD_SIZE") or "1"
+    if left != ("0", "1") and not dist.is_torchelastic_launched():
+        parser.error("RANK={} WORLD_SIZE={} are set, but not by torchrun: unset them".format(*left))
     s.rows_c = round(s.batch * s.correction)
     divisor = math.gcd(s.rows_c, s.batch - s.rows_c)
     if divisor % WORLD and not (s.sample or s.rollout):
         fits = [n for n in range(1, divisor + 1) if divisor % n == 0]
-        parser.error(f"--batch {s.batch}: {s.batch - s.rows_c} rows of prediction and {s.rows_c} of "
-                     f"correction do not divide by {WORLD} processes; {fits} would do")
+        parser.error(f"--batch {s.batch}: {WORLD} processes cannot share {s.batch - s.rows_c} rows of "
+                     f"prediction and {s.rows_c} of correction; {fits} can")
     s.folder = Path(s.out or f"out/{s.res}")
     return s
 
@@ -612,11 +610,6 @@ def many_steps(velocity, z, y, gamma, null, steps=16, solver="heun", interval=(0
     def u(x, t):
         return guided(velocity, x, t, y, gamma, null, interval)
     return rollout(u, z, steps, solver)
-
-
-def in_chunks(sampler, z, y):
-    """sampler(z, y) of (N, ...) and (N,), a part at a time."""
-    return torch.cat([sampler(*part) for part in zip(z.split(CHUNK), y.split(CHUNK))])
 
 
 def to_uint8(x, decoder=None):

@@ -968,7 +968,7 @@ def apart(a, b):
     return max(((x - y).norm() / x.norm()).item() for x, y in pairs)
 
 def test_main_job_writes_what_it_promises_and_samples_by_the_authors_rule(work, capsys):
-    run(*SMALL, "--steps", 4, "--eval-every", 2, "--out", "o")
+    run(*SMALL, "--steps", 4, "--save-every", 2, "--out", "o")
     assert "next: python fmd.py" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         fmd.parse(["--help"])                           # shows the defaults of 28
@@ -1104,7 +1104,7 @@ def test_a_process_count_that_does_not_divide_the_batch(work, monkeypatch, capsy
     monkeypatch.setattr(fmd.dist, "is_torchelastic_launched", lambda: True)
     args = [*SMALL, "--batch", "24"]            # 18 + 6 rows
     fmd.parse(args)
-    refused(capsys, fmd.main, [*args, "--batch", "8"], r"6 rows .* and 2 .* by 3 processes; \[1, 2\] would do")
+    refused(capsys, fmd.main, [*args, "--batch", "8"], r"3 processes cannot share 6 rows .* and 2 .*; \[1, 2\] can")
     monkeypatch.setattr(fmd, "RANK", 1)
     with pytest.raises(SystemExit) as e:
         fmd.parse([*args, "--batch", "8"])
@@ -1161,20 +1161,20 @@ def die_at(instant):
     fmd.learning_rate, json.dumps = before(fmd.learning_rate), before(json.dumps)
 
 def test_killed_at_any_instant_and_rerun_equals_uninterrupted(work):
-    args = [*SMALL, "--steps", 5, "--ckpt-every", 2, "--out"]
+    args = [*SMALL, "--steps", 5, "--save-every", 2, "--out"]
     start(0, "die_at(0)", *args, "whole", script=__file__)
     # where the first ckpt.pt is empty; in step 3; in step 5 -> the last step that is not lost
-    for instant, step in ((8, 0), (11, 2), (22, 4)):
+    for instant, step in ((11, 0), (13, 2), (26, 4)):
         start(0, f"die_at({instant})", *args, instant, script=__file__, code=-signal.SIGKILL)
         done = start(0, "die_at(0)", *args, instant, script=__file__)
         assert f"from step {step}\n" in done.stdout and logged(f"{instant}") == [1, 2, 3, 4, 5]
         assert same("whole", f"{instant}") and not list(Path(f"{instant}").glob(".*"))
-    start(2, "die_at(3)", *args, "many", "--ckpt-every", 1, script=__file__, code=1)    # ends the others
+    start(2, "die_at(3)", *args, "many", "--save-every", 1, script=__file__, code=1)    # ends the others
     assert torch.load("many/ckpt.pt", weights_only=True)["step"] <= 2
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_finishes_the_step_and_saves(work, monkeypatch, capsys, number):
-    args = [*SMALL, "--steps", 4, "--ckpt-every", 4, "--out"]
+    args = [*SMALL, "--steps", 4, "--save-every", 4, "--out"]
     run(*args, "whole")
     def interrupted(step, *a, real=fmd.learning_rate):
         for _ in range(2 if step == 1 else 0):          # Slurm and torchrun each send one
@@ -1219,7 +1219,7 @@ def test_damaged_checkpoints_are_refused_or_load_right(work, capsys):
     refused(capsys, fmd.main, args, "o/ckpt.pt: not ")
 
 def test_what_a_run_refuses_leaves_the_last_checkpoint(work, capsys, monkeypatch):
-    args = [*SMALL, "--ckpt-every", 1, "--out", "o", "--steps"]
+    args = [*SMALL, "--save-every", 1, "--out", "o", "--steps"]
     run(*args, 2)
     run(*args, 2)                                       # a finished run, typed again
     no = partial(refused, capsys, fmd.main)
