@@ -8,12 +8,11 @@
   recall     share of the reference inside the manifold of the samples
 
   python fid.py SAMPLES REFERENCE                              every metric that the inputs allow
-  python fid.py SAMPLES REFERENCE --metrics fid --json         one metric, as JSON
   python fid.py IMAGES --save-stats stats.npz                  statistics, a REFERENCE for later
   torchrun --nproc_per_node=8 fid.py SAMPLES REFERENCE         the same numbers from 8 processes
 
-Each is a folder of images (searched to any depth) or an .npz file with arr_0 (uint8, N x H x W x 3
-or 1), or with mu and sigma (and mu_s, sigma_s for sFID), or both. TF marks TensorFlow's quirks.
+Each is a folder of images, at any depth, or an .npz file with arr_0 (uint8, N x H x W x 3 or 1),
+or with mu and sigma (and mu_s, sigma_s for sFID), or both. TF marks TensorFlow's quirks.
 """
 
 import argparse
@@ -23,11 +22,18 @@ import datetime
 import hashlib
 import json
 import os
-import re
+import signal
 import sys
 import zipfile
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+if __name__ == "__main__":
+    def interrupted(*_):                                   # torch takes seconds to import
+        print("fid.py: interrupted", file=sys.stderr)
+        os._exit(130)
+    signal.signal(signal.SIGINT, interrupted)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # no C++ stack trace of a lost process
 
 import numpy as np
 import scipy.linalg
@@ -44,9 +50,8 @@ URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 POOL, SPATIAL = 2048, 17 * 17 * 7                                    # numbers of features
 KEYS = {"fid": ("mu", "sigma", POOL), "sfid": ("mu_s", "sigma_s", SPATIAL)}        # of an .npz
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
-RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-WORLD = int(os.environ.get("WORLD_SIZE", 1))                    # all three set by torchrun
+SUFFIXES = set(".png .jpg .jpeg .jfif .bmp .webp .tif .tiff .ppm .pgm .pbm .pnm".split())
+RANK, LOCAL_RANK, WORLD = 0, 0, 1                          # what join() finds
 
 
 # ---- 1. The network: torchvision's Inception-v3 with other poolings ------------------------------
@@ -66,9 +71,8 @@ def inception():
         replace_pool(net.get_submodule(f"Mixed_{name}"), mean_pool)
     replace_pool(net.Mixed_7c, torch.nn.MaxPool2d(3, 1, 1))          # TF: in this block alone
     draw = torch.Generator().manual_seed(0)
-    for weight in net.parameters():
-        if weight.ndim > 1:
-            torch.nn.init.kaiming_normal_(weight, nonlinearity="relu", generator=draw)
+    for weight in (p for p in net.parameters() if p.ndim > 1):
+        torch.nn.init.kaiming_normal_(weight, nonlinearity="relu", generator=draw)
     return net.eval()
 
 
@@ -91,8 +95,12 @@ def load_inception(weights=None, device="cpu"):
                 name = "published"
             elif weights is None:
                 raise ValueError(f"delete it, because its SHA-256 is not {SHA256}")
+        with readable(path, "not a whole state dict, as torch.save writes it"):
             state = torch.load(path, map_location="cpu", weights_only=True)
-            net.load_state_dict(dict(state))               # strict except num_batches_tracked
+        with readable(path):
+            missing, others = net.load_state_dict(state, strict=False)
+            if missing or others:
+                raise ValueError(f"not FID's Inception: lacks {missing[:1]}, has {others[:1]}")
     for unit in net.modules():
         if isinstance(unit, tv.BasicConv2d):               # faster; moves features by about 1e-6
             unit.conv, unit.bn = fuse_conv_bn_eval(unit.conv, unit.bn), torch.nn.Identity()
@@ -100,20 +108,20 @@ def load_inception(weights=None, device="cpu"):
 
 
 @contextlib.contextmanager
-def readable(name):
-    """Turn any error in reading a file into a ValueError of one line that names it."""
+def readable(name, reason=None):
+    """Turn any error in reading a file into a ValueError of one line: its name and the reason."""
     try:
         yield
     except Exception as e:                                 # a damaged file raises many types
-        reason = " ".join(str(e).split())[:200]
+        reason = reason or " ".join(str(e).split())[:200]
         raise ValueError(f"{name}: cannot be read ({type(e).__name__}: {reason})") from None
 
 
 # ---- 2. From images to features ------------------------------------------------------------------
 def resize(images, size=299):
     """Images (N, H, W, C) of any type -> (N, size, size, C) float32, not rounded.
-    TF: ResizeBilinear of 2015, bit for bit: pixel i is sampled at i * in/out, without the half pixel
-    of F.interpolate and without antialiasing."""
+    TF: ResizeBilinear of 2015, bit for bit: pixel i is at i * in/out, not at half a pixel more as in
+    F.interpolate, and nothing is smoothed."""
     for axis in (2, 1):                                              # horizontally first
         length = images.shape[axis]
         position = torch.arange(size).float() * torch.tensor(length / size).float()
@@ -148,9 +156,8 @@ def features(net, images):
 class Moments:
     """Mean and covariance of rows (N, dim) that come in batches, summed in float64."""
     def __init__(self, dim, device="cpu"):
-        self.count = torch.zeros((), dtype=torch.float64, device=device)
         self.sum = torch.zeros(dim, dtype=torch.float64, device=device)
-        self.outer = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+        self.count, self.outer = self.sum.new_zeros(()), self.sum.new_zeros(dim, dim)
 
     def add(self, rows):
         rows = torch.as_tensor(rows).to(self.sum)                    # (N, dim), float64
@@ -167,40 +174,37 @@ class Moments:
         return mu.cpu().numpy(), sigma.cpu().numpy()
 
 
-def covariance_factor(sigma):
-    """Covariance (d, d), float64 -> factor (d, rank) with factor @ factor.T = sigma.
-    Raises ValueError for a matrix that is not symmetric, not finite or has negative eigenvalues."""
-    if not np.abs(sigma - sigma.T).max() <= 1e-6 * np.abs(sigma).max():      # also true for NaN
-        raise ValueError("covariance is not symmetric, or not finite")
+def covariance_factor(mu, sigma):
+    """Mean (d,), covariance (d, d), float64 -> factor (d, rank) with factor @ factor.T = sigma.
+    Raises ValueError for arguments that are not symmetric, finite or positive semi-definite."""
+    rounding = 1e-12 * mu @ mu                             # of the sums that sigma comes from
+    if not np.abs(sigma - sigma.T).max() <= 1e-6 * np.abs(sigma).max() + rounding < np.inf:   # NaN
+        raise ValueError("mean or covariance is not finite, or covariance is not symmetric")
     factor, failed = torch.linalg.cholesky_ex(torch.from_numpy(sigma))
     if failed:                                                       # not of full rank
-        try:
-            w, v = np.linalg.eigh(sigma)
-        except np.linalg.LinAlgError:                      # can happen at many equal eigenvalues
-            w, v = scipy.linalg.eigh(sigma, driver="evr")
-        if w[0] < -1e-6 * w[-1]:
+        w, v = scipy.linalg.eigh(sigma)                    # numpy's can fail at equal eigenvalues
+        if w[0] < -1e-6 * w[-1] - rounding:
             raise ValueError(f"covariance has a negative eigenvalue, {w[0]:.3g}")
-        keep = w > len(w) * np.finfo(w.dtype).eps * w[-1]            # the rest is rounding
+        keep = w > len(w) * np.finfo(w.dtype).eps * w[-1] + rounding
         factor = torch.from_numpy(v[:, keep] * np.sqrt(w[keep]))
     return factor
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """|mu1 - mu2|² + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^1/2), in float64.
-    mu (d,), sigma (d, d), positive semi-definite of any rank. With sigma_i = A_i A_i' the trace of
-    the root is the sum of the singular values of A_1' A_2. Raises ValueError for bad arguments."""
+    """|mu1 - mu2|² + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^1/2), in float64, not below 0.
+    mu (d,), sigma (d, d) of any rank. With sigma_i = A_i A_i' the trace of the root is the sum of the
+    singular values of A_1' A_2. Raises ValueError for what is no mean or covariance."""
     mu1, mu2, sigma1, sigma2 = (np.asarray(a, np.float64) for a in (mu1, mu2, sigma1, sigma2))
     if mu1.shape != mu2.shape or not sigma1.shape == sigma2.shape == 2 * mu1.shape:
         raise ValueError(f"shapes differ: {mu1.shape} {sigma1.shape}, {mu2.shape} {sigma2.shape}")
-    product = covariance_factor(sigma1).T @ covariance_factor(sigma2)        # (rank 1, rank 2)
+    product = covariance_factor(mu1, sigma1).T @ covariance_factor(mu2, sigma2)    # (rank, rank)
     trace_of_root = torch.linalg.svdvals(product).sum().item()
-    return float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1 + sigma2) - 2 * trace_of_root)
+    return max(0.0, float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1 + sigma2) - 2 * trace_of_root))
 
 
 def inception_score(logits, split=5000):
     """Logits (N, classes) in the order of the samples -> mean of exp E KL(p(y|x) | p(y)).
-    TF: over consecutive splits of 5,000, the last of which may be short and counts as much. A set
-    sorted by class scores low, because each split has few classes."""
+    TF: over splits of 5,000, the last of which may be short. A set sorted by class scores low."""
     scores = []
     for log_p in logits.double().log_softmax(1).split(split):        # (n, classes)
         log_mean = log_p.logsumexp(0) - np.log(len(log_p))           # (classes,)
@@ -210,8 +214,8 @@ def inception_score(logits, split=5000):
 
 def precision_recall(samples, reference, k=3):
     """Features of samples (N, d) and reference (M, d) -> precision, recall in 0..1.
-    A manifold is the union of balls around a set's features, each up to the k-th neighbour, border
-    included. Raises ValueError for sets of k or fewer."""
+    A manifold is the union of closed balls around a set's features, each up to the k-th neighbour.
+    Raises ValueError for sets of k or fewer."""
     if min(len(samples), len(reference)) <= k:
         raise ValueError(f"precision and recall need more than {k} images on each side")
     return share_inside(samples, reference, k), share_inside(reference, samples, k)
@@ -229,10 +233,11 @@ def share_inside(points, centres, k, rows=1000):
 
 # ---- 4. Inputs -----------------------------------------------------------------------------------
 def contents(path):
-    """Folder or .npz -> number of images, {metric: (mu, sigma)} of the statistics in the file."""
-    count, stats = 0, {}
+    """Folder or .npz -> number of images, {metric: (mu, sigma)} of the file, note on what is skipped."""
+    count, stats, note = 0, {}, ""
     if Path(path).is_dir():
-        count = len(image_files(path))
+        files, note = image_files(path)
+        count = len(files)
     else:
         with readable(path), zipfile.ZipFile(path) as archive, np.load(path) as data:
             for metric, (mu, sigma, dim) in KEYS.items():
@@ -240,23 +245,21 @@ def contents(path):
                     mean, cov = data[mu].astype(np.float64), data[sigma].astype(np.float64)
                     if mean.shape != (dim,) or cov.shape != (dim, dim):
                         raise ValueError(f"{mu} {mean.shape}, {sigma} {cov.shape}; need {dim}")
-                    covariance_factor(cov)                 # raises ValueError if it is not one
+                    covariance_factor(mean, cov)           # raises ValueError if it is not one
                     stats[metric] = mean, cov
             if "arr_0" in data:
                 count = read_shape(archive.open("arr_0.npy"))[0]
     if count < 2 and not stats:
-        raise ValueError(f"{path}: {count} images; need 2 images (arr_0) or statistics (mu, sigma)")
-    return count, stats
+        raise ValueError(f"{path}: {count} images; need 2 images (arr_0) or statistics (mu, sigma). {note}")
+    return count, stats, note
 
 
 def read_shape(f):
     """Read the header of arr_0 -> (N, H, W, C); f is then at the first image."""
     np.lib.format.read_magic(f)
     shape, by_columns, dtype = np.lib.format.read_array_header_1_0(f)
-    if len(shape) != 4 or shape[3] not in (1, 3) or by_columns:
-        raise ValueError(f"arr_0 is {shape}; need N x H x W x 3 (or x 1 for grey) in row order")
-    if dtype != np.uint8:
-        raise ValueError(f"arr_0 is {dtype}; need uint8 in 0..255")
+    if len(shape) != 4 or shape[3] not in (1, 3) or by_columns or dtype != np.uint8:
+        raise ValueError(f"arr_0 is {dtype} {shape}; need uint8 N x H x W x 3 (grey: x 1) in row order")
     return shape
 
 
@@ -271,7 +274,21 @@ def array_batches(path, size):
 
 
 def image_files(folder):
-    return sorted(str(f) for f in Path(folder).rglob("*") if f.suffix.lower() in SUFFIXES)
+    """Folder -> its images at any depth, sorted, and a note on its other files. Links are followed,
+    each folder is read once, hidden names are left out. Raises OSError for an unreadable folder."""
+    def fail(error):                                       # os.walk alone would go on
+        raise error
+    images, others, seen = [], [], set()
+    for top, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        if os.path.realpath(top) in seen:                  # by a link, perhaps in a circle
+            folders[:], names = [], []
+        seen.add(os.path.realpath(top))
+        for path in (Path(top, name) for name in names if name[0] != "."):
+            is_image = path.suffix.lower() in SUFFIXES and path.is_file()
+            (images if is_image else others).append(str(path))
+    note = f"{folder}: skipped {len(others)} files that are no images, such as {min(others, default='')}"
+    return sorted(images), note if others else ""
 
 
 def decode(paths):
@@ -280,12 +297,25 @@ def decode(paths):
     images = []
     for path in paths:
         with readable(path), Image.open(path) as image:
-            if image.mode[0] in "IF":                                # convert() would clip at 255
-                raise ValueError(f"more than 8 bits a channel, mode {image.mode}")
+            raw = [tile[3] for tile in image.tile[:1]]               # such as RGB;16B
+            bits = getattr(image, "tag_v2", {}).get(258, [])         # of a TIFF, whose planes lack it
+            if image.mode[0] in "IF" or ";16" in str(raw) or max(bits, default=8) > 8:
+                raise ValueError(f"more than 8 bits a channel, {image.mode} {raw} {bits}")
             images.append(torch.from_numpy(np.array(image.convert("RGB"))))
     if len({image.shape for image in images}) == 1:
         return torch.stack(images)
     return torch.cat([resize(image[None]) for image in images])
+
+
+def decode_ahead(blocks, workers):
+    """Yield decode(block) in order. Threads do, because PIL decodes outside of Python's lock."""
+    Image.init()                                           # threads would race to load its formats
+    with ThreadPoolExecutor(workers) as pool:
+        ahead = [pool.submit(decode, block) for block in blocks[:workers]]
+        for block in blocks[workers:]:
+            ahead.append(pool.submit(decode, block))       # few, so that memory holds them
+            yield ahead.pop(0).result()
+        yield from (future.result() for future in ahead)
 
 
 # ---- 5. The evaluation. Each process takes whole batches in turn ---------------------------------
@@ -297,9 +327,8 @@ def measure(path, count, stats, metrics, net, batch=None):
     workers = min(8, max(1, os.cpu_count() // WORLD))
     starts = range(RANK * batch, count, WORLD * batch)
     if Path(path).is_dir():
-        files = image_files(path)
-        blocks = [files[start:start + batch] for start in starts]
-        batches = torch.utils.data.DataLoader(blocks, None, collate_fn=decode, num_workers=workers)
+        files, _ = image_files(path)
+        batches = decode_ahead([files[start:start + batch] for start in starts], workers)
     else:
         batches = (x for i, x in enumerate(array_batches(path, batch)) if i % WORLD == RANK)
     moments = {metric: Moments(KEYS[metric][2], device) for metric in KEYS if metric in metrics}
@@ -328,8 +357,8 @@ def evaluate(samples, reference=None, metrics=None, device="cpu", batch=None, we
     """Compare two paths -> {"fid", "sfid", "is", "precision", "recall", and what was compared}.
     metrics: some of "fid", "sfid", "is", "pr"; None: all that the inputs allow. All processes call
     it and get the same. Raises ValueError, OSError."""
-    count_a, stats_a = contents(samples)
-    count_b, stats_b = contents(reference) if reference else (0, {})
+    count_a, stats_a, note_a = contents(samples)
+    count_b, stats_b, note_b = contents(reference) if reference else (0, {}, "")
     allowed = [m for m in KEYS if (count_a or m in stats_a) and (count_b or m in stats_b)]
     allowed += ["is"] * (count_a > 0) + ["pr"] * (count_a > 0 and count_b > 0)
     if metrics is None:
@@ -342,7 +371,8 @@ def evaluate(samples, reference=None, metrics=None, device="cpu", batch=None, we
         raise ValueError("nothing to compute: give a REFERENCE, --metrics is or --save-stats F")
     from_a = set(metrics) - set(stats_a) | set(KEYS if save_stats else ())     # as in ADM's code
     from_b = set(metrics) - set(stats_b) - {"is"}
-    notes, result = [], {"samples": samples, "images": count_a, "reference": reference}
+    notes = sorted({note_a, note_b} - {""})
+    result = {"samples": samples, "images": count_a, "reference": reference}
     if min(count_a or 2048, count_b or 2048) < 2048:
         notes.append(f"few images ({count_a}, {count_b}): below 2048 FID is far too high")
     if count_b and stats_b and count_a not in (0, 50_000):
@@ -357,7 +387,13 @@ def evaluate(samples, reference=None, metrics=None, device="cpu", batch=None, we
         pool_b = measure(reference, count_b, stats_b, from_b, net, batch)
     if save_stats and RANK == 0:
         arrays = {name: x for m in KEYS for name, x in zip(KEYS[m], stats_a[m])}
-        write(Path(save_stats), partial(np.savez, **arrays))
+        temporary = Path(f"{save_stats}.tmp")              # so that the file is whole or not there
+        try:
+            with open(temporary, "wb") as file:
+                np.savez(file, **arrays)
+            os.replace(temporary, save_stats)
+        finally:
+            temporary.unlink(missing_ok=True)
     result |= {m: frechet_distance(*stats_a[m], *stats_b[m]) for m in KEYS if m in metrics}
     if "is" in metrics:
         logits = pool_a @ net.fc.weight.T                            # TF: without the bias
@@ -370,42 +406,38 @@ def evaluate(samples, reference=None, metrics=None, device="cpu", batch=None, we
     return result | {"notes": notes}
 
 
-# ---- 6. Processes and files, for fmd.py too ------------------------------------------------------
+# ---- 6. Processes and the command line -----------------------------------------------------------
 def join(device):
     """Join torchrun's processes. Return this one's torch.device for "cpu", "cuda" (one GPU each) or
-    "cuda:N". Raises ValueError for a device that is not there."""
-    if not re.fullmatch(r"cpu|cuda(:\d{1,2})?", device):
-        raise ValueError(f"--device {device}: must be cpu, cuda or cuda:N")
-    device = torch.device(f"cuda:{LOCAL_RANK}" if device == "cuda" else device)
+    "cuda:N". Raises ValueError for a device or for processes that are not there."""
+    global LOCAL_RANK, RANK, WORLD
+    found = [os.environ.get(k, v) for k, v in {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}.items()]
+    local, rank, world = (int(text) if text.isdecimal() else -1 for text in found)
+    if not 0 <= local <= rank < world:
+        raise ValueError(f"LOCAL_RANK, RANK, WORLD_SIZE = {found}: unset them, or use torchrun")
+    name = f"cuda:{local}" if device == "cuda" else device
+    if name not in ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]:
+        raise ValueError(f"--device {device}: must be cpu, cuda or cuda:N of a GPU that is here")
+    device = torch.device(name)
     if device.type == "cuda":
-        if device.index >= torch.cuda.device_count():
-            raise ValueError(f"--device {device}: no such GPU here; use cpu")
         torch.cuda.set_device(device)
-    if WORLD > 1 and not dist.is_initialized():       # hours: others wait for process 0
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                timeout=datetime.timedelta(hours=2))
+    if world > 1 and not dist.is_initialized():
+        minutes, hours = datetime.timedelta(minutes=3), datetime.timedelta(hours=2)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)       # Python's would wait for C++ here
+        try:
+            store, *_ = next(dist.rendezvous("env://", timeout=minutes))
+        except (RuntimeError, ValueError) as e:
+            raise ValueError(f"RANK={rank}, WORLD_SIZE={world}: use torchrun, or unset both. {e}") from None
+        store.set_timeout(hours)                           # others wait while process 0 works
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=hours, rank=rank, world_size=world, store=store)
         if device.type == "cpu":                           # else gloo may abort at exit
             atexit.register(dist.destroy_process_group)
+    LOCAL_RANK, RANK, WORLD = local, rank, world
     return device
 
 
-def write(path, save):
-    """Write a file whole or not at all: save(file) into a temporary beside it, fsync, rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            save(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except RuntimeError as e:                              # torch.save makes one of an OSError
-        raise OSError(f"cannot write {path}: {e.__context__ or e}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-# ---- 7. The command line -------------------------------------------------------------------------
-def parse(argv):
+def main(argv=None):
     parser = argparse.ArgumentParser(prog="fid.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"fid.py: {message}\n")
@@ -419,21 +451,20 @@ def parse(argv):
     add("--batch", type=int, help="images at a time (default: 128 on CUDA, 16 on a CPU)")
     add("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
-    if args.batch is not None and args.batch < 1:
-        raise ValueError(f"--batch {args.batch}: must be at least 1")
-    if args.save_stats and not Path(args.save_stats).parent.is_dir():
-        raise ValueError(f"--save-stats {args.save_stats}: its folder does not exist")
-    return args
-
-
-def main(argv=None):
+    file, as_json = args.save_stats, vars(args).pop("json")
     try:
-        args = parse(argv)
-        as_json = vars(args).pop("json")
+        if args.batch is not None and args.batch < 1:
+            raise ValueError(f"--batch {args.batch}: must be at least 1")
+        if file is not None and (Path(file).is_dir() or not os.access(Path(file).parent, os.W_OK)):
+            raise ValueError(f"--save-stats {file}: not a file in a folder that can be written")
         args.device = join(args.device)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         result = evaluate(**vars(args))
-    except (ValueError, OSError) as e:        # from a worker: a traceback, our message comes last
-        print("fid.py:", str(e).splitlines()[-1].removeprefix("ValueError: "), file=sys.stderr)
+    except KeyboardInterrupt:
+        print("fid.py: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as e:
+        print("fid.py:", *str(e).split(), file=sys.stderr)           # in one line
         return 2
     if RANK == 0:
         for note in result["notes"]:
@@ -447,4 +478,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")               # --help holds more than ASCII
     sys.exit(main())

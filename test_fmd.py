@@ -13,8 +13,10 @@ import re
 import resource
 import shlex
 import signal
+import struct
 import subprocess
 import sys
+import zlib
 from functools import partial
 from pathlib import Path
 
@@ -599,17 +601,39 @@ def test_frechet_distance_closed_forms():
         one, two = (0 * mu, q @ np.diag(a) @ q.T), (mu, q @ np.diag(b) @ q.T)
         assert distance(*one, *two) == pytest.approx(want, rel=digits)
         assert distance(*two, *one) == pytest.approx(want, rel=digits)
-        assert abs(distance(*one, *one)) < 1e-9
+        assert 0 <= distance(*one, *one) < 1e-9
     u, v = rng.normal(size=(2, 6))                      # rank one: tr (u u' v v')^1/2 = |u'v|
     mu, want = np.zeros(6), u @ u + v @ v - 2 * abs(u @ v)
     assert distance(mu, np.outer(u, u), mu, np.outer(v, v)) == pytest.approx(want, rel=1e-10)
     few = np.cov(rng.normal(size=(4, 6)), rowvar=False)         # fewer rows than dimensions
     assert abs(distance(mu, few, mu, few)) < 1e-10
-    bad = {"shapes": np.eye(5), "symmetric": np.triu(np.ones((6, 6))), "not finite": np.eye(6) * np.nan,
-           "negative": np.diag([1, 1, 1, 1, 1, -1e-3])}
-    for why, sigma in bad.items():
-        with pytest.raises(ValueError, match=why):
-            distance(mu, np.eye(6), mu, sigma)
+    bad = {"shapes": (mu, np.eye(5)), "symmetric": (mu, np.triu(np.ones((6, 6)))), "mean .* finite": (mu / 0, few),
+           "covariance is not finite": (mu, few * np.nan), "negative": (mu, np.diag([1, 1, 1, 1, 1, -1e-3]))}
+    for why, one in bad.items():
+        with pytest.raises(ValueError, match=why), np.errstate(invalid="ignore"):
+            distance(mu, np.eye(6), *one)
+
+@pytest.mark.parametrize("size", [0, 1, 30])            # black, and ever larger features
+@pytest.mark.parametrize("count", [2, 3, 100, 3001])
+def test_sets_without_spread_have_a_distance(count, size):
+    """n copies of a and one of b = a + d have the mean a + d/(n+1) and the covariance dd'/(n+1)."""
+    rng = np.random.default_rng(0)
+    a, d = size * rng.random((2, 300), dtype=np.float32)
+    spread = rng.normal(size=(400, 300)) + a
+    def distance(rows, *mean_cov):
+        moments = fid.Moments(300)
+        for part in np.array_split(rows, -(-len(rows) // 16)):
+            moments.add(part)
+        return fid.frechet_distance(*moments.mean_cov(), *mean_cov)
+    square, zero, copies = float(d @ d.astype(float)), np.zeros((300, 300)), np.tile(a, (count, 1))
+    tolerance = dict(rel=1e-6, abs=1e-9 * size)
+    assert distance(copies, a + d.astype(float), zero) == pytest.approx(square, **tolerance)
+    assert distance(copies, a, zero) <= 1e-9 * size
+    outlier = square / (count + 1) ** 2 + square / (count + 1)
+    assert distance(np.vstack([copies, a + d]), a, zero) == pytest.approx(outlier, **tolerance)
+    mu, sigma = moments_of(spread)
+    want = ((a - mu) ** 2).sum() + np.trace(sigma)
+    assert distance(copies, mu, sigma) == pytest.approx(want, rel=1e-6)
 
 def tf_resize(image, size=299):
     """TensorFlow 1's ResizeBilinear in float32: (H, W) -> (size, size)."""
@@ -696,7 +720,7 @@ def test_features_against_the_unfolded_network_and_its_pools(inception_file):
         assert torch.equal(fid.features(net, images)[0], pool)
 
 def test_weights_are_checked(inception_file, tmp_path, monkeypatch):
-    _, state = inception_file
+    path, state = inception_file
     cache = tmp_path / "hub/checkpoints" / fid.URL.rsplit("/", 1)[1]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
@@ -706,18 +730,39 @@ def test_weights_are_checked(inception_file, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     with pytest.raises(ValueError, match=f"{fid.URL} .*{cache}.*no route to host"):
         fid.load_inception()
+    monkeypatch.undo()                                  # a server that ends early, then a good one
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    whole = path.read_bytes()
+    monkeypatch.setattr(fid, "SHA256", fid.hashlib.sha256(whole).hexdigest())
+    monkeypatch.setattr(fid, "URL", (tmp_path / cache.name).as_uri())
+    Path(cache.name).write_bytes(whole[:5000])
+    with pytest.raises(ValueError, match="file:.* cannot be read .*invalid hash value"):
+        fid.load_inception()
+    assert list(cache.parent.iterdir()) == []
+    Path(cache.name).write_bytes(whole)
+    assert fid.load_inception()[1] == "published" and cache.read_bytes() == whole
     torch.save({**fid.inception().state_dict(), **state}, cache)    # with num_batches_tracked
     with pytest.raises(ValueError, match="its SHA-256 is not"):
         fid.load_inception()
     assert fid.load_inception(cache)[1] == str(cache)
     monkeypatch.setattr(fid, "SHA256", fid.hashlib.sha256(cache.read_bytes()).hexdigest())
     assert fid.load_inception()[1] == fid.load_inception(cache)[1] == "published"
-    less = {k: v for k, v in state.items() if k != "Mixed_7a.branch3x3_1.bn.bias"}
-    files = {"less": less, "more": {**state, "AuxLogits.fc.bias": torch.zeros(3)}, "code": Bomb()}
-    for name, file in files.items():
+    bias, other, kind = "Mixed_7a.branch3x3_1.bn.bias", torch.zeros(3), "not a whole state dict, as torch.save"
+    files = {"less": ({k: v for k, v in state.items() if k != bias}, f"lacks .'{bias}'."),
+             "more": ({**state, "AuxLogits.fc.bias": other}, "has .'AuxLogits.fc.bias'."), "code": (Bomb(), kind),
+             "prefix": ({f"module.{k}": v for k, v in state.items()}, "lacks .'Conv2d.* has .'module.Conv2d"),
+             "wrapped": ({"model": state}, "lacks .'Conv2d.* has .'model'."), "list": ([other], "class 'list'"),
+             "shape": ({**state, "fc.bias": other}, r"size mismatch for fc.bias: .*\[3\]")}
+    for name, (file, _) in files.items():
         torch.save(file, f"{name}.pth")
-    for name in (*files, "gone"):
-        with pytest.raises(ValueError, match=rf"\A{name}.pth: cannot be read.*\Z"):
+    np.savez(open("npz.pth", "wb"), other)
+    Path("pointer.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:6726825d\n")
+    Path("cut.pth").write_bytes(whole[:len(whole) // 2])
+    Path("empty.pth").touch()
+    files |= {name: (None, kind) for name in ("npz", "pointer", "cut", "empty")} | {"gone": (None, "No such file")}
+    for name, (_, message) in files.items():
+        with pytest.raises(ValueError, match=rf"\A{name}.pth: cannot be read.*{message}.*\Z"):
             fid.load_inception(f"{name}.pth")
     assert not Path("exploded").exists()
 
@@ -799,7 +844,7 @@ def test_every_input_reads_the_same(small):
         assert abs(got["fid"]) < 1e-9 and abs(got["sfid"]) < 1e-9 and got["precision"] == 1, path
     batches = list(fid.array_batches("packed.npz", 5))
     assert [len(batch) for batch in batches] == [5, 5, 2]
-    for read in (torch.cat(batches), fid.decode(fid.image_files("folder"))):
+    for read in (torch.cat(batches), fid.decode(fid.image_files("folder")[0])):
         assert torch.equal(read, torch.from_numpy(arrays))
     # grey, as array and as files; then of other sizes as well, of a palette and with transparency
     grey = arrays[:4, ..., 0]
@@ -813,6 +858,73 @@ def test_every_input_reads_the_same(small):
     assert torch.equal(fid.decode(files[:4]), want)
     parts = want, torch.from_numpy(arrays[5:6, :, :3]), want[:1]
     assert torch.equal(fid.decode(files), torch.cat([fid.resize(part) for part in parts]))
+
+def png(bits, colour, values):
+    """Values (h, w, channels) of 16 bits, or (h, w, 1) of 4 with even w, as a PNG."""
+    rows = values.astype(">u2") if bits == 16 else (values[:, ::2] * 16 + values[:, 1::2]).astype(np.uint8)
+    data = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    head = struct.pack(">2I5B", values.shape[1], len(values), bits, colour, 0, 0, 0)
+    chunks = [(b"IHDR", head), (b"IDAT", data), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(body)) + name + body + struct.pack(
+        ">I", zlib.crc32(name + body)) for name, body in chunks)
+
+def test_images_of_every_depth_are_right_or_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    deep = np.random.default_rng(0).integers(0, 65536, (4, 6, 4))
+    files = {f"{colour}.png": png(16, colour, deep[..., :n]) for colour, n in ((0, 1), (2, 3), (4, 2), (6, 4))}
+    for mode, kind in (("I;16", "<u2"), ("I;16B", ">u2"), ("I", "<i4"), ("F", "<f4")):
+        Image.frombytes(mode, (6, 4), deep[..., 0].astype(kind).tobytes()).save(f"{mode}.tif")
+    Image.fromarray(deep.astype(np.uint8)[..., :3]).save("8.tif")
+    tif = Path("8.tif").read_bytes()                    # the same with 16 bits, then in planes as well
+    files["16.tif"] = tif.replace(struct.pack("<3H", 8, 8, 8), struct.pack("<3H", 16, 16, 16))
+    planes = [struct.pack("<2HIH", 284, 3, 1, n) for n in (1, 2)]
+    files["planes.tif"] = files["16.tif"].replace(*planes)
+    assert len({tif, *files.values()}) == 7
+    for name, data in files.items():
+        Path(name).write_bytes(data)
+    for name in (*files, "I;16.tif", "I;16B.tif", "I.tif", "F.tif"):
+        with pytest.raises(ValueError, match=f"{name}: .*more than 8 bits a channel"):
+            fid.decode([name])
+    grey, ppm = deep[..., :1] % 16, (deep[..., :3] * 255 / 65535).round()
+    Path("4.png").write_bytes(png(4, 0, grey))
+    Path("16.ppm").write_bytes(b"P6 6 4 65535\n" + deep[..., :3].astype(">u2").tobytes())
+    Image.fromarray(grey[..., 0] % 2 > 0).save("1.png")
+    Image.fromarray(grey[..., 0] % 2 > 0).save("1.pbm")
+    for name, want in {"4.png": grey * 17, "1.png": grey % 2 * 255, "1.pbm": grey % 2 * 255, "16.ppm": ppm}.items():
+        assert np.array_equal(fid.decode([name])[0], np.broadcast_to(want, (4, 6, 3))), name
+
+def test_folder_is_read_whole(small, tmp_path, capsys):
+    """By links and not in circles, without hidden names; what is skipped is counted and named."""
+    images = fid.image_files("folder")[0]
+    for name in ("folder/.ipynb_checkpoints", "folder/d.png", "real/class"):
+        Path(name).mkdir(parents=True)
+    for source, copy in zip(images, ("folder/.ipynb_checkpoints/0.png", "folder/._0.png", "real/class/b.PNG",
+                                     "folder/d.png/c.jfif")):
+        Path(copy).write_bytes(Path(source).read_bytes())
+    Path("folder/linked").symlink_to(tmp_path / "real")
+    Path("real/class/circle").symlink_to(tmp_path / "folder")
+    Path("real/again").symlink_to(tmp_path / "real/class")
+    Path("folder/z.png").symlink_to("00.png")
+    Path("folder/lost.png").symlink_to("nowhere.png")
+    os.mkfifo("folder/pipe.png")
+    for name in ("y.gif", "x.PSD"):
+        Path(f"folder/deep/{name}").touch()
+    want = [*images, "folder/d.png/c.jfif", "folder/linked/again/b.PNG", "folder/z.png"]
+    assert fid.image_files("folder") == (sorted(want), "folder: skipped 5 files that are no images, such as "
+                                         "folder/deep/x.PSD")
+    assert fid.image_files(tmp_path / "real/class")[0] and fid.main(["folder", "array.npz"]) == 0
+    assert capsys.readouterr().err.count("skipped 5 files") == 1
+    with pytest.raises(OSError):
+        fid.image_files("gone")
+
+def test_decode_ahead_keeps_order_and_few_blocks(monkeypatch):
+    begun, blocks = [], [[i] for i in range(50)]
+    monkeypatch.setattr(fid, "decode", lambda block: begun.append(block) or block)
+    for count in (0, 1, 3, 50):
+        begun.clear()
+        for done, block in enumerate(fid.decode_ahead(blocks[:count], 3)):
+            assert block == [done] and len(begun) <= done + 1 + 3
+        assert sorted(begun) == blocks[:count]
 
 def test_statistics_instead_of_images(small, monkeypatch):
     assert fid.main(["other.npz", "--save-stats", "stats.npz"]) == 0
@@ -832,11 +944,13 @@ def test_report_and_notes(small, capsys):
     assert fid.main(["folder", "other.npz", "--json", "--weights", "random"]) == 0
     out, err = capsys.readouterr()
     report = json.loads(out)
-    assert "MEANINGLESS" in err and "few images (12, 12)" in err and len(report["notes"]) == 2
+    assert "MEANINGLESS" in err and "few images (12, 12)" in err and len(report["notes"]) == 3
     assert fid.main(["folder", "other.npz", "--metrics", "fid,pr"]) == 0
     out, err = capsys.readouterr()
     lines = [f"{name:10} {report[name]:.5f}" for name in ("fid", "precision", "recall")]
     assert out.splitlines() == lines and "MEANINGLESS" not in err
+    assert fid.main(["folder", "array.npz", "--metrics", "sfid,fid"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["fid        0.00000", "sfid       0.00000"]
     # 10,000 images of two classes, one after the other and in turn, against an ADM batch
     pair, empty = np.array([0, 120], np.uint8), np.zeros((3000, 1, 1, 3), np.uint8)
     np.savez("adm.npz", arr_0=empty, mu=np.zeros(6), sigma=np.eye(6))
@@ -863,9 +977,9 @@ BAD_INPUT = [
     ("cut.npz other.npz", "cut.npz: cannot be read"),
     ("flipped.npz other.npz", "flipped.npz: cannot be read .*CRC"),
     ("array.npz keys.npz", "keys.npz: 0 images; need 2 images .arr_0. or statistics"),
-    ("nchw.npz other.npz", r"nchw.npz: .*arr_0 is \(4, 3, 8, 8\); need N x H x W x 3"),
+    ("nchw.npz other.npz", r"nchw.npz: .*arr_0 is uint8 \(4, 3, 8, 8\); need uint8 N x H x W x 3"),
     ("columns.npz other.npz", "columns.npz: .*in row order"),
-    ("floats.npz other.npz", "floats.npz: .*arr_0 is float64; need uint8"),
+    ("floats.npz other.npz", "floats.npz: .*arr_0 is float64 .*; need uint8"),
     ("array.npz dims.npz", r"dims.npz: .*mu \(5,\), sigma \(5, 5\); need 6"),
     ("array.npz skew.npz", "skew.npz: .*covariance is not symmetric"),
     ("array.npz stats.npz --metrics sfid", "--metrics sfid: these inputs allow .'fid', 'is'."),
@@ -874,7 +988,9 @@ BAD_INPUT = [
     ("few.npz other.npz --metrics pr", "need more than 3 images"),
     ("array.npz other.npz --batch -1", "--batch -1: must be at least 1"),
     ("array.npz other.npz --device tpu", "--device tpu: must be cpu, cuda or cuda:N"),
-    ("array.npz other.npz --save-stats no/x.npz", "no/x.npz: its folder does not exist"),
+    ("array.npz other.npz --save-stats no/x.npz", "no/x.npz: not a file in a folder that can be written"),
+    ("gone other.npz --save-stats folder/", "--save-stats folder/: not a file in a folder that"),
+    ("gone other.npz --save-stats /proc/self/x", "--save-stats /proc/self/x: not a file in a folder that"),
     ("stats.npz other.npz --save-stats x.npz", "--save-stats x.npz: stats.npz has no images"),
     ("array.npz other.npz --metric fid", "unrecognized arguments: --metric"),
 ]
@@ -895,6 +1011,43 @@ def test_bad_input_to_fid_gets_one_line_and_exit_code_2(small, capsys, args, mes
         Path(f"corrupt/{i}.png").write_bytes(Path("folder/00.png").read_bytes()[:60])
         Image.fromarray(np.zeros((5, 5), np.uint16)).save(f"deep16/{i}.png")
     assert refused(capsys, fid.main, args.split(), message) == ""
+
+BAD_ENVIRONMENT = [
+    ("RANK=1", "RANK, WORLD_SIZE = .'0', '1', '1'.: unset them, or use torchrun"),
+    ("WORLD_SIZE=", "RANK, WORLD_SIZE = .'0', '0', ''.: unset"), ("RANK=", "unset"), ("WORLD_SIZE=two", "unset"),
+    ("RANK=-1 WORLD_SIZE=2", "unset"), ("LOCAL_RANK=1", "unset"), ("WORLD_SIZE=2", "RANK expected, but not set"),
+    ("RANK=0 WORLD_SIZE=2", "RANK=0, WORLD_SIZE=2: use torchrun, or unset both.*MASTER_ADDR expected"),
+    ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=x", "use torchrun, or unset both.*'x'"),
+    ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=0", "unset both.*1/2 clients joined"),
+]
+@pytest.mark.parametrize("environment, message", BAD_ENVIRONMENT)
+def test_fid_started_without_torchrun_is_refused(small, capsys, monkeypatch, environment, message):
+    for pair in environment.split():
+        monkeypatch.setenv(*pair.split("="))
+    wait = []
+    def soon(url, timeout, real=torch.distributed.rendezvous):
+        wait.append(timeout.total_seconds())
+        return real(url, timeout=timeout / 1000)
+    monkeypatch.setattr(torch.distributed, "rendezvous", soon)
+    assert refused(capsys, fid.main, ["array.npz", "other.npz"], message) == ""
+    assert fid.WORLD == 1 and all(60 <= seconds <= 600 for seconds in wait)
+
+def test_ctrl_c_in_fid_is_one_line(small, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(fid, "features", interrupt)
+    assert fid.main(["folder", "other.npz"]) == 130
+    assert capsys.readouterr().err == "fid.py: interrupted\n"
+    Path("modules").mkdir()                             # found in place of numpy, before torch
+    Path("modules/numpy.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    env = {**os.environ, "PYTHONPATH": "modules"}
+    done = subprocess.run([sys.executable, HERE / "fid.py", "a"], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "fid.py: interrupted\n")
+
+def test_help_of_fid_in_a_terminal_without_unicode():
+    env = {**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, HERE / "fid.py", "--help"], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and "--save-stats" in done.stdout
 
 def test_two_processes_of_fid_equal_one(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
