@@ -130,7 +130,7 @@ def measure(flags, steps):
     with contextlib.ExitStack() as stack:
         for owner, name, function in replaced:
             stack.enter_context(mock.patch.object(owner, name, function))
-        code = fmd.main([*flags, "--steps", str(steps), "--log-every", "1000000"])
+        code = fmd.main([*flags, "--steps", str(steps), "--log-every", "1000000", "--eval-samples", "1"])
     if code or len(watch.steps) < steps:        # refused, or stopped
         raise SystemExit(code or 1)
     return watch.steps, student.config, s
@@ -150,6 +150,7 @@ def report(args):
             flags += ["--batch", str(args.batch), "--out", folder, "--derivative", derivative]
             if derivative == "fd":
                 flags.append("--no-bf16")
+            torch.compiler.reset()      # torch keeps a limited number of graphs
             steps, config, s = measure([*flags, *args.flags], args.rounds + WARMUP)
         table = {part: np.array([step[part] for step in steps[WARMUP:]]) for part in steps[-1]}
         whole, unit = table.pop("whole step"), table.pop("forward")
