@@ -1,27 +1,25 @@
 # SPDX-License-Identifier: MIT
 """The paper's findings in miniature, on digits: tables, charts and pictures.
 
-What every table needs, once (an hour or less; --mnist DIR has the IDX files, else they are downloaded):
-    python assets/findings.py digits out/real.npz                 the last 10,000 digits of MNIST's training set
-    python assets/findings.py digits out/train.npz --part first   10,000 others
-    python assets/findings.py classifier                          train the classifier of digits
-    python fmd.py --rollout 10000 --seed 1 --out out/teacher      the teacher's samples, of other noises
+What the tables need, once (--mnist DIR holds the IDX files; else they are downloaded):
+    python assets/findings.py digits out/real.npz              10,000 of MNIST's digits
+    python assets/findings.py digits out/train.npz --part first    10,000 others
+    python assets/findings.py classifier                       train the classifier of digits
+    python fmd.py --rollout 10000 --seed 1 --out out/teacher   the teacher's samples, of other noises
 
-Tables and charts. `--weights published`, or a file, adds FID; it takes 60 ms an image on a CPU:
-    python assets/findings.py quality out/28/samples.npz          any files of samples, a row each
-    python assets/findings.py speed                               one evaluation against many
-    python assets/findings.py objectives                          prediction alone, correction alone, both
-    python assets/findings.py settings                            the settings of the paper's Table 1
-    python assets/findings.py error                               the error along the path
-    python assets/findings.py mismatch                            why no data? (its docstring has the mathematics)
+Tables. With --weights published, or a file, they have FID, which takes 60 ms an image on a CPU:
+    python assets/findings.py quality out/28/samples.npz       any files of samples, a row each
+    python assets/findings.py speed                            one evaluation against many; a chart
+    python assets/findings.py objectives                       prediction alone, correction alone, both
+    python assets/findings.py settings                         the settings of the paper's Table 1
+    python assets/findings.py mismatch --pictures assets       why no data? Explained below; a chart
 
 Pictures:
-    python assets/findings.py strip                               digits by 2 to 64 evaluations, and by one
-    python assets/findings.py run                                 the student after 0, 100, 500, all steps
-    python assets/findings.py figure                              the two objectives on 2-D points
+    python assets/findings.py strip                            digits by 2 to 64 evaluations, and by one
+    python assets/findings.py run                              the student after 0, 100, 500, all steps
 
-Charts are drawn if --pictures names a folder, and need matplotlib, as does `figure`. Students, samples
-and the moments of their features are kept (--out): a repeated command computes only what is missing.
+Charts are drawn if --pictures names a folder, and need matplotlib. Students, samples and the moments
+of Inception's features are kept in --out. A repeated command computes only what is missing.
 """
 
 import argparse
@@ -37,7 +35,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 from PIL import Image, ImageDraw, ImageFont
-from torchvision.utils import make_grid
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
@@ -45,9 +42,9 @@ sys.path.insert(0, str(HERE.parent))
 import fid, fmd, sit  # noqa: E401, E402
 from train_teacher import load_mnist  # noqa: E402
 
-SHAPE, NULL = (1, 28, 28), 10
-TEACHER = sit.load(HERE / "teacher-mnist.pt")[0]
-RED, BLUE, GREEN = "#c0392b", "#2c5aa0", "#2e8b57"
+SHAPE, NULL, GAMMA = (1, 28, 28), 10, 1.5
+TEACHER_FILE, STUDENT_FILE = HERE / "teacher-mnist.pt", HERE / "student-mnist.pt"
+TEACHER = sit.load(TEACHER_FILE)[0]
 
 # Name of a row, the paper's FID with a SiT-B/2, flags of fmd.py. The rest is the preset of 28.
 SETTINGS = [("prediction alone, k = 0", "11.91", "--correction 0 --k 0"),
@@ -71,14 +68,14 @@ def digits(args):
     """Write real digits as fmd.py writes samples: arr_0 uint8 (N, 28, 28, 1), arr_1 labels (N,)."""
     x, y = load_mnist(args.mnist)
     part = slice(args.count) if args.part == "first" else slice(-args.count, None)
-    images = fmd.to_uint8(x[part])
-    args.files[0].parent.mkdir(parents=True, exist_ok=True)
-    sit.write(args.files[0], partial(np.savez, arr_0=images.numpy(), arr_1=y[part].numpy()))
-    print(f"{args.files[0]}: {len(images)} digits")
+    path = args.files[0]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sit.write(path, partial(np.savez, arr_0=fmd.to_uint8(x[part]).numpy(), arr_1=y[part].numpy()))
+    print(f"{path}: {len(y[part])} digits")
 
 
 def network():
-    """(B, 1, 28, 28) -> (B, 10) logits; all but the last layer give 128 features."""
+    """(B, 1, 28, 28) -> (B, 10) logits. All layers but the last give 128 features."""
     return nn.Sequential(nn.Conv2d(1, 16, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
                          nn.Conv2d(16, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
                          nn.Flatten(), nn.Linear(32 * 7 * 7, 128), nn.ReLU(), nn.Linear(128, 10))
@@ -90,7 +87,7 @@ def classifier(args):
     held, steps = len(x) // 6, args.steps or 1200
     torch.manual_seed(0)
     net = network()
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(net.parameters())
     for step in tqdm(range(steps)):
         i = torch.randint(len(x) - held, (128,))
         optimizer.param_groups[0]["lr"] = 1e-3 * fmd.learning_rate(step, steps, 20, 0.5)
@@ -100,8 +97,9 @@ def classifier(args):
     args.classifier.parent.mkdir(parents=True, exist_ok=True)
     sit.write(args.classifier, partial(torch.save, net.state_dict()))
     with torch.no_grad():
-        right = [net(a).argmax(1) == b for a, b in zip(x[-held:].split(500), y[-held:].split(500))]
-    print(f"{args.classifier}: {torch.cat(right).float().mean():.2%} of {held} other digits are right")
+        labels = torch.cat([net(part).argmax(1) for part in x[-held:].split(500)])
+    accuracy = (labels == y[-held:]).float().mean()
+    print(f"{args.classifier}: {accuracy:.2%} of {held} other digits are read right")
 
 
 # ---- Measures of a file of samples ----
@@ -112,29 +110,12 @@ def images(path):
 
 
 @cache
-def load_classifier(path):
-    net = network()
-    net.load_state_dict(sit.read_file(path))
-    return net.requires_grad_(False)
-
-
-@cache
 def load_inception(weights):
     return fid.load_inception(None if weights == "published" else weights)[0]
 
 
-def classified(path, weights):
-    """-> mean and covariance of the classifier's features, its labels (N,)."""
-    net, moments, labels = load_classifier(weights), fid.Moments(128), []
-    for x in images(path)[0].split(500):
-        features = net[:-1](x.permute(0, 3, 1, 2) / 127.5 - 1)
-        moments.add(features)
-        labels.append(net[-1](features).argmax(1))
-    return moments.mean_cov(), torch.cat(labels)
-
-
 def inception_moments(path, weights):
-    """-> mean and covariance of Inception's features; kept beside the file until it changes."""
+    """-> mean and covariance of Inception's features, kept beside the file."""
     kept = path.with_suffix(f".{Path(weights).stem}.npz")
     if not kept.exists() or kept.stat().st_mtime < path.stat().st_mtime:
         net, moments = load_inception(weights), fid.Moments(fid.POOL)
@@ -146,52 +127,59 @@ def inception_moments(path, weights):
         return file["mu"], file["sigma"]
 
 
+@torch.no_grad()
+def classified(path, weights):
+    """-> mean and covariance of the classifier's features; its labels (N,)."""
+    net, moments, labels = network(), fid.Moments(128), []
+    net.load_state_dict(sit.read_file(weights))
+    for x in images(path)[0].split(500):
+        features = net[:-1](x.permute(0, 3, 1, 2) / 127.5 - 1)
+        moments.add(features)
+        labels.append(net[-1](features).argmax(1))
+    return moments.mean_cov(), torch.cat(labels)
+
+
 def measure(path, args):
-    """A file of samples -> {column: number}. Corners are the four of 4 x 4 pixels: black, in MNIST."""
-    (x, y), row = images(path), {}
-    references = {"teacher": args.teacher, "real digits": args.real}
-    if args.weights:
-        for name, other in references.items():
-            pair = [inception_moments(file, args.weights) for file in (path, other)]
-            row[f"FID to {name}"] = fid.frechet_distance(*pair[0], *pair[1])
-    moments, labels = classified(path, args.classifier)
+    """A file of samples -> {column: number}."""
+    references, row = {"teacher": args.teacher, "real digits": args.real}, {}
     for name, other in references.items():
-        row[f"classifier's distance to {name}"] = fid.frechet_distance(
-            *moments, *classified(other, args.classifier)[0])
-    corners = x[:, [0, 1, 2, 3, -4, -3, -2, -1]][:, :, [0, 1, 2, 3, -4, -3, -2, -1]]
+        if args.weights:
+            ours, theirs = (inception_moments(file, args.weights) for file in (path, other))
+            row[f"FID to {name}"] = fid.frechet_distance(*ours, *theirs)
+    ours, labels = classified(path, args.classifier)
+    for name, other in references.items():
+        theirs, _ = classified(other, args.classifier)
+        row[f"classifier's distance to {name}"] = fid.frechet_distance(*ours, *theirs)
+    x, y = images(path)
+    edge = [0, 1, 2, 3, -4, -3, -2, -1]
+    corners = x[:, edge][:, :, edge]  # the four of 4 x 4 pixels: black, in MNIST
     row["agreement, %"] = 100 * (labels == y).double().mean().item()
     row["black corners, %"] = 100 * (corners == 0).double().mean().item()
     return row
 
 
-def print_row(name, rows, *more):
-    """Mean ± standard deviation of rows {column: number}, one a seed."""
-    cells = []
-    for column in rows[0]:
-        values = np.array([row[column] for row in rows])
+def print_row(name, seeds, more={}, head=False):
+    """Mean ± standard deviation over the seeds, of which each has a row {column: number}."""
+    if head:
+        columns = ["", *seeds[0], *more]
+        print("|", " | ".join(columns), "|\n" + "|---" * len(columns) + "|")
+    cells = [name]
+    for column in seeds[0]:
+        values = [row[column] for row in seeds]
         figures = 3 if "error" in column else 1
-        deviation = f" ± {values.std(ddof=1):.{figures}f}" if len(values) > 1 else ""
-        cells.append(f"{values.mean():.{figures}f}{deviation}")
-    print("|", " | ".join([name, *cells, *more]), "|", flush=True)
-
-
-def print_head(first, row, *more):
-    columns = [first, *row, *more]
-    print("|", " | ".join(columns), "|\n" + "|---" * len(columns) + "|")
+        deviation = f" ± {np.std(values, ddof=1):.{figures}f}" if len(values) > 1 else ""
+        cells.append(f"{np.mean(values):.{figures}f}{deviation}")
+    print("|", " | ".join([*cells, *more.values()]), "|", flush=True)
 
 
 def quality(args):
-    """A row for each file of samples."""
-    for number, path in enumerate(args.files):
-        row = measure(path, args)
-        if number == 0:
-            print_head("samples", row)
-        print_row(str(path), [row])
+    for path in args.files:
+        print_row(str(path), [measure(path, args)], head=path == args.files[0])
 
 
 # ---- Students ----
 def command(line):
-    """Run fmd.py. It may not be refused, or stopped."""
+    """Run fmd.py. It may not be refused."""
     with contextlib.redirect_stdout(sys.stderr):
         code = fmd.main(["--device", "cpu", *line.split()])
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -200,211 +188,203 @@ def command(line):
         raise SystemExit(code)
 
 
-def samples(args, path, weights, what):
-    """Samples by a command of fmd.py, which names the file `path`. Kept until the weights change."""
-    if not path.exists() or path.stat().st_mtime < weights.stat().st_mtime or len(images(path)[0]) != args.count:
-        command(f"{what} --out {path.parent}")
+def samples(args, path, weights, flags):
+    """The file that a command of fmd.py writes. It is kept until the weights change."""
+    fresh = path.exists() and path.stat().st_mtime > weights.stat().st_mtime
+    if not fresh or len(images(path)[0]) != args.count:
+        command(f"{flags} --out {path.parent}")
     return path
-
-
-def by_student(args, weights, folder):
-    return samples(args, folder / "samples.npz", weights, f"--sample {args.count} --ckpt {weights}")
-
-
-def by_teacher(args, solver, steps):
-    path = args.out / f"teacher-{solver}-{steps}" / "rollout.npz"
-    return samples(args, path, TEACHER_FILE,
-                   f"--rollout {args.count} --solver {solver} --rollout-steps {steps}")
 
 
 @cache
 def reference(count):
-    """Noises of seed 0, their labels and the teacher's samples φ. Each (count, ...)."""
+    """Noises of seed 0, their labels, and the teacher's samples φ. Each (count, ...)."""
     z, y = fmd.noises(0, range(count), SHAPE), torch.arange(count) % NULL
-    return z, y, fmd.in_chunks(lambda z, y: fmd.many_steps(TEACHER, z, y, GAMMA, NULL, 32), z, y)
+    return z, y, fmd.many_steps(TEACHER, z, y, GAMMA, NULL, 32)
+
+
+def by_student(weights, z, y):
+    return fmd.one_step(sit.load(weights)[0], z, y, GAMMA)
 
 
 def measure_student(args, folder):
-    """-> the row of the student in the folder. The endpoint error is the mean of |x - φ| / |φ|."""
+    """-> the row of the student in a folder. Its endpoint error is the mean of |x - φ| / |φ|."""
+    weights = folder / "student.pt"
+    path = samples(args, folder / "samples.npz", weights, f"--sample {args.count} --ckpt {weights}")
     z, y, phi = reference(min(256, args.count))
-    net = sit.load(folder / "student.pt")[0]
-    x = fmd.in_chunks(lambda z, y: fmd.one_step(net, z, y, GAMMA), z, y)
-    error = ((x - phi).flatten(1).norm(dim=1) / phi.flatten(1).norm(dim=1)).mean().item()
-    return measure(by_student(args, folder / "student.pt", folder), args) | {"endpoint error": error}
-
-
-def students(args, flags):
-    """Train a student a seed by fmd.py, or go on with its run. Yields their folders."""
-    name = flags.replace("--", "").replace(" ", "-") or "preset"
-    for seed in range(args.seeds):
-        folder = args.out / f"{name}-{args.steps}x{args.batch}-{seed}"
-        command(f"--steps {args.steps} --batch {args.batch} --seed {seed} --eval-samples 2 --out {folder} {flags}")
-        if sit.read_file(folder / "ckpt.pt")["step"] < args.steps:
-            raise SystemExit(f"{folder}: stopped")
-        yield folder
+    error = (by_student(weights, z, y) - phi).flatten(1).norm(dim=1) / phi.flatten(1).norm(dim=1)
+    return measure(path, args) | {"endpoint error": error.mean().item()}
 
 
 def table(args, rows, steps):
-    """Train the students of each row, sample and measure them."""
-    args.steps = args.steps or steps
-    print(f"{args.steps} steps of {args.batch}, {args.seeds} seeds, {args.count} samples\n")
+    """Train students by fmd.py, one a row and seed, or go on with their runs. Sample and measure them."""
+    steps = args.steps or steps
+    print(f"{steps} steps of {args.batch}, {args.seeds} seeds, {args.count} samples\n")
+    rows = [row for row in rows if any(words in row[0] for words in args.only)]
     for name, paper, flags in rows:
-        if any(words in name for words in args.only):
-            found = [measure_student(args, folder) for folder in students(args, flags)]
-            print_row(args, f"{name} (`{flags}`)" if flags else name, found, {"paper's FID": paper})
+        found = []
+        for seed in range(args.seeds):
+            folder = args.out / f"{flags.replace(' ', '') or '--preset'}-{steps}x{args.batch}-{seed}"
+            command(f"--steps {steps} --batch {args.batch} --seed {seed} --eval-samples 2 {flags} "
+                    f"--out {folder}")
+            if sit.read_file(folder / "ckpt.pt")["step"] < steps:
+                raise SystemExit(f"{folder}: stopped")
+            found.append(measure_student(args, folder))
+        print_row(f"{name} (`{flags}`)", found, {"the paper's FID": paper}, head=name == rows[0][0])
 
 
 # ---- Charts ----
-def chart(args, name, draw, **labels):
-    """Draw on axes and save NAME.png, if --pictures names a folder."""
+def chart(args, name, curves, **labels):
+    """curves {label: (x, values (len(x), seeds))} -> NAME.png: the mean, in a band of all seeds."""
     if args.pictures:
         from matplotlib.figure import Figure  # draws with Agg
         figure = Figure((7.5, 4.6), dpi=110, layout="constrained")
         axes = figure.subplots()
-        draw(axes)
-        axes.set(**labels)
+        for (label, (x, values)), colour in zip(curves.items(), ("#c0392b", "#2c5aa0", "#2e8b57")):
+            values = np.array(values)
+            axes.plot(x, values.mean(1), "o-", color=colour, label=label)
+            axes.fill_between(x, values.min(1), values.max(1), color=colour, alpha=0.25)
+        axes.set(yscale="log", **labels)
         axes.legend()
         figure.savefig(args.pictures / f"{name}.png")
 
 
 def speed(args):
-    """One evaluation against many. With guidance a step of Euler takes 2 network evaluations, one of Heun
-    4, the last 2."""
-    rows = [measure(by_student(args, STUDENT_FILE, args.out / "bundled"), args)]
-    print_row(args, "student, 1 evaluation", rows)
-    column = list(rows[0])[0]
-    curves = {"student": ([1], [rows[0][column]])}
+    """One evaluation against many. With guidance a step of Euler takes 2 network evaluations, one of
+    Heun 4, the last 2. The last row of Heun has the solver of the teacher's file: other noises alone."""
+    path = args.out / "bundled" / "samples.npz"
+    path = samples(args, path, STUDENT_FILE, f"--sample {args.count} --ckpt {STUDENT_FILE}")
+    row = measure(path, args)
+    print_row("student, 1 evaluation", [row], head=True)
+    column = next(iter(row))
+    curves = {"student": ([1], [[row[column]]])}
     for solver in ("euler", "heun"):
-        evaluations, values = curves[f"teacher, {solver.capitalize()}"] = [], []
+        evaluations, values = [], []
         for steps in (2, 4, 8, 16, 32):
+            path = args.out / f"{solver}-{steps}" / "rollout.npz"
+            flags = f"--rollout {args.count} --solver {solver} --rollout-steps {steps}"
+            row = measure(samples(args, path, TEACHER_FILE, flags), args)
             evaluations.append(2 * steps if solver == "euler" else 4 * steps - 2)
-            row = measure(by_teacher(args, solver, steps), args)
-            values.append(row[column])
-            print_row(args, f"teacher, {steps} steps of {solver}, {evaluations[-1]} evaluations", [row])
-
-    def draw(axes):
-        for (name, points), colour in zip(curves.items(), (RED, GREEN, BLUE)):
-            axes.loglog(*points, "o-", color=colour, label=name)
-            for x, y in zip(*points):
-                axes.annotate(x, (x, y), (0, 7), textcoords="offset points", ha="center", color=colour)
-    chart(args, "speed", draw, xlabel="network evaluations a sample", ylabel=column,
-          title="One evaluation against many (the last point of Heun: other noises alone)")
+            values.append([row[column]])
+            print_row(f"teacher, {steps} steps of {solver}, {evaluations[-1]} evaluations", [row])
+        curves[f"teacher, {solver}"] = (evaluations, values)
+    ticks = [1, 2, 4, 8, 16, 32, 64, 128]
+    chart(args, "speed", curves, xscale="log", xticks=ticks, xticklabels=ticks, ylabel=column,
+          xlabel="network evaluations a sample", title="One evaluation against many")
 
 
 # ---- Why no data? ----
 def mismatch(args):
-    """The teacher-data mismatch in miniature. All students have the same teacher u, at γ = 1.5, the same
-    network, number of steps, batch and weights. They differ in the states at which they are trained, and
-    in the equation that they are trained to obey.
+    """The teacher-data mismatch in miniature. One teacher u at γ = 1.5 and one recipe give all students.
+    They differ in the states at which they are trained, and in the equation that holds there.
 
-    F(x, t, δ) is the average velocity over the next δ of the teacher's path that passes x at time t:
-        δ F(x, t, δ) = the integral of u(x_τ, τ) over τ from t - δ to t,   x_t = x,   dx_τ/dτ = -u.
-    The derivative of both sides gives an equation without an integral, in one of two ways.
+    F(x, t, δ) is the average velocity over the next δ of the teacher's path that is at x at time t:
+        δ F(x, t, δ) = ∫ u(x_τ, τ) dτ over τ from t - δ to t, with x_t = x and dx_τ/dτ = -u.
+    Its derivative is an equation without an integral. There are two, as the path has two ends.
 
-    The end moves (`end_moves`, FreeFlow's prediction). x and t are fixed and δ grows, so τ begins earlier:
-        F + δ ∂F/∂δ = u at the end, which is the student's own state x + δ F at time t - δ.
-    The start moves (`start_moves`, as in MeanFlow, arXiv 2505.13447). The end t - δ is fixed and x moves
-    back along the path, towards noise: dt = dδ, dx = -u dδ. The right-hand side grows by u(x, t) dδ:
-        F + δ (∂F/∂δ + ∂F/∂t - ∂F/∂x u) = u(x, t).
-    Both are the derivative of F along a line, so `fmd.duration_derivative` computes both.
+    `end_moves` (FreeFlow's prediction). x and t stay, and δ grows. The integral grows at its end, where
+    the student itself is after δ:
+        F + δ ∂F/∂δ = u(x + δ F, t - δ).
+    `start_moves` (MeanFlow, arXiv 2505.13447). The end t - δ stays, and t and δ grow together. The start
+    moves back along its path, by dx = -u(x, t) dt, and the integral grows there:
+        F + δ (∂F/∂δ + ∂F/∂t - ∂F/∂x u(x, t)) = u(x, t).
+    In both, the bracket is the derivative of F along a line, which `fmd.duration_derivative` computes.
 
-    The second holds at any x. But a student only obeys it where it is trained. A map from the prior
-    (t = 1) is tied to δ = 0 through the states of the teacher's path in between. If the training states,
-    noised data, lie elsewhere, F is not right there, and the error travels to t = 1. The first, started
-    at the prior, needs no state in between but the student's own.
+    Both hold for every x and t. Trained from the prior, t = 1, the first needs no other state. The
+    second ties F(·, t, ·) to F at an earlier time, so it needs states of all times: noised data,
+    x_t = (1 - t) x + t n. The teacher's paths from the prior are right only if these cover them.
 
-    Rows. From the prior: all states are z, at t = 1. At data: three quarters of the batch are
-    (1 - t) x + t n with t ~ U(0, 1); the last quarter is z, at t = 1, so that the map from the prior is
-    trained too. Controls: states on the teacher's own paths, in place of data (no mismatch, same equation);
-    and the first equation at the same data (same mismatch, other equation)."""
+    Rows. From the prior: all states are z, at t = 1. At data: three quarters of a batch are noised data
+    with t ~ U(0, 1); the others are z, at t = 1, or nothing would train the map from the prior. All have
+    δ ~ U(0, t). Two controls: states on the teacher's own paths in place of data (the same equation, no
+    mismatch), and the first equation at the same data (another equation, the same mismatch)."""
     args.steps = args.steps or 900
     print(f"{args.steps} steps of {args.batch}, {args.seeds} seeds, {args.count} samples\n")
     x, y = load_mnist(args.mnist)
     few = y < 5
-    sources = {"the teacher's\nown paths": on_paths(min(1000, args.count)),
-               "its training\ndigits": noised(x, y),
-               "moved by up\nto 4 pixels": noised(x, y, 4),
-               "moved by up\nto 8 pixels": noised(x, y, 8),
-               "without the\ndigits 5 to 9": noised(x[few], y[few])}
-    rows = {"from the prior": [distilled(args, end_moves, "prior", None)] * len(sources)}
-    print_row(args, "the end moves, from the prior", rows["from the prior"][0])
-    for name, equation in (("the start moves, at data", start_moves), ("the end moves, at data", end_moves)):
-        rows[name] = []
-        for source in sources:
-            rows[name].append(distilled(args, equation, source.replace("\n", " "), sources[source]))
-            print_row(args, f"{name}: {source}".replace("\n", " "), rows[name][-1])
-    column = list(rows["from the prior"][0][0])[0]
-
-    def draw(axes):
-        for (name, points), colour in zip(rows.items(), (RED, BLUE, GREEN)):
-            values = np.array([[row[column] for row in seeds] for seeds in points])  # (sources, seeds)
-            axes.semilogy(list(sources), values.mean(1), "o-", color=colour, label=name)
-            axes.fill_between(range(len(sources)), values.min(1), values.max(1), color=colour, alpha=0.25)
-    chart(args, "mismatch", draw, xlabel="states of training", ylabel=column,
-          title=f"The same teacher, distilled at data that fit it less and less; band: {args.seeds} seeds")
+    sources = {"on the teacher's own paths": on_paths(min(1000, args.count)),
+               "training digits": noised(x, y),
+               "digits moved by up to 4 pixels": noised(x, y, 4),
+               "digits moved by up to 8 pixels": noised(x, y, 8),
+               "digits 0 to 4 alone": noised(x[few], y[few])}
+    prior = distilled(args, end_moves, "from the prior", None)
+    print_row("end_moves, from the prior", prior, head=True)
+    found = {"end_moves, from the prior": [prior] * len(sources)}
+    for equation in (start_moves, end_moves):
+        name = f"{equation.__name__}, at data"
+        found[name] = []
+        for words, source in sources.items():
+            found[name].append(distilled(args, equation, words, source))
+            print_row(f"{equation.__name__}, {words}", found[name][-1])
+    column = next(iter(prior[0]))
+    ticks = [words.replace("digits ", "digits\n").replace("own", "\nown") for words in sources]
+    curves = {name: (ticks, [[row[column] for row in seeds] for seeds in rows])
+              for name, rows in found.items()}
+    chart(args, "mismatch", curves, ylabel=column, xlabel="states of training",
+          title=f"One teacher, distilled at states that fit it less and less ({args.seeds} seeds)")
 
 
 @torch.no_grad()
 def end_moves(F, F_x, u, x, t, delta):
-    """F + δ ∂F/∂δ - u(x + δ F, t - δ). At t = 1 it is fmd.prediction; else its clock starts at t."""
+    """F + δ ∂F/∂δ - u(x + δ F, t - δ): `fmd.prediction`, whose clock starts at t, not 1."""
     F_dot = fmd.duration_derivative(lambda x, d: F(x, t, d), x, delta, F_x, "fd")
     return fmd.prediction(F_x, F_dot, lambda x, s: u(x, s - (1 - t)), x, delta)
 
 
 @torch.no_grad()
 def start_moves(F, F_x, u, x, t, delta):
-    """F + δ (∂F/∂δ + ∂F/∂t - ∂F/∂x u) - u(x, t): the derivative along a line through x, t and δ."""
+    """F + δ (∂F/∂δ + ∂F/∂t - ∂F/∂x u(x, t)) - u(x, t), with t - δ fixed."""
     u_x = u(x, t)
 
     def F_on_line(x, d):
-        return F(x - fmd.expand(d - delta, x) * u_x, t + d - delta, d)
+        return F(x - fmd.expand(d - delta, x) * u_x, t + (d - delta), d)
     F_dot = fmd.duration_derivative(F_on_line, x, delta, F_x, "fd")
     return F_x + fmd.expand(delta, x) * F_dot - u_x
 
 
 def noised(x, y, moved=0):
-    """-> source(count) of noised digits (1 - t) x + t n, their t and labels. The digits are moved by up to
-    `moved` pixels in both directions."""
+    """-> source(count): noised digits, their t and labels. A digit is moved by up to `moved` pixels."""
     padded = nn.functional.pad(x, [moved] * 4, value=-1)
 
     def source(count):
-        rows, corners, t = torch.randint(len(x), (count,)), torch.randint(2 * moved + 1, (count, 2)), torch.rand(count)
-        data = torch.stack([padded[i, :, a:a + 28, b:b + 28] for i, (a, b) in zip(rows, corners)])
-        noise = fmd.expand(t, data)
-        return (1 - noise) * data + noise * torch.randn_like(data), t, y[rows]
+        rows, t = torch.randint(len(x), (count,)), torch.rand(count)
+        corners = torch.randint(2 * moved + 1, (count, 2))
+        data = [padded[i, :, top:top + 28, left:left + 28] for i, (top, left) in zip(rows, corners)]
+        data, n, noise = torch.stack(data), torch.randn(count, *SHAPE), t.view(-1, 1, 1, 1)
+        return (1 - noise) * data + noise * n, t, y[rows]
     return source
 
 
 def on_paths(count, steps=16):
-    """-> source(count) of states on `count` paths of the teacher, their t and labels."""
-    y = torch.arange(count) % NULL
-    states = []
+    """-> source(count): states on `count` of the teacher's paths, their t and labels."""
+    labels, states = torch.arange(count) % NULL, []
 
     def u(x, t):
         states.append(x)
-        return fmd.guided(TEACHER, x, t, y, GAMMA, NULL)
+        return fmd.guided(TEACHER, x, t, labels, GAMMA, NULL)
     fmd.rollout(u, fmd.noises(2, range(count), SHAPE), steps)
-    starts = torch.stack(states[::2])  # Heun calls u twice a step: (steps, count, 1, 28, 28)
+    starts = torch.stack(states[::2])  # (steps, count, 1, 28, 28): Heun calls u twice a step
 
     def source(rows):
-        i, step = torch.randint(count, (rows,)), torch.randint(steps, (rows,))
-        return starts[step, i], 1 - step / steps, y[i]
+        path, step = torch.randint(count, (rows,)), torch.randint(steps, (rows,))
+        return starts[step, path], 1 - step / steps, labels[path]
     return source
 
 
-def distilled(args, equation, name, source):
+def distilled(args, equation, words, source):
     """-> the rows of students, one a seed, that learned the equation at these states."""
-    rows = []
+    found = []
     for seed in range(args.seeds):
-        folder = args.out / "-".join([equation.__name__, *re.findall(r"\w+", name), f"{args.steps}x{args.batch}", str(seed)])
+        name = f"{equation.__name__}, {words}, {args.steps}x{args.batch}, {seed}"
+        folder = args.out / name.replace(",", "").replace("'", "").replace(" ", "-")
         if not (folder / "student.pt").exists():
             distil(args, equation, source, seed, folder)
-        rows.append(measure_student(args, folder))
-    return rows
+        found.append(measure_student(args, folder))
+    return found
 
 
 def distil(args, equation, source, seed, folder):
-    """Train a student with the rates and the average of fmd.py's preset of 28 -> student.pt."""
+    """Train a student, with the optimiser of fmd.py's preset of 28 -> student.pt."""
     torch.manual_seed(seed)
     net = fmd.start_from(TEACHER, delta=True, gamma=True)
     ema = fmd.start_from(net).requires_grad_(False)
@@ -415,17 +395,18 @@ def distil(args, equation, source, seed, folder):
         if source:
             rows = args.batch * 3 // 4
             x[:rows], t[:rows], y[:rows] = source(rows)
-        delta = t * p.delta  # U(0, t)
+        delta = t * p.delta
 
         def F(x, t, delta): return net(x, t, y, delta, p.gamma)
         def u(x, t): return fmd.guided(TEACHER, x, t, y, p.gamma, NULL)
+
         F_x = F(x, t, delta)
         residual = equation(F, F_x.detach(), u, x, t, delta)
-        optimizer.param_groups[0]["lr"] = 1e-3 * fmd.learning_rate(step, args.steps, 20, 0.3)
-        optimizer.zero_grad()
         (F_x * fmd.weighted(residual)).mean().backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1)
+        optimizer.param_groups[0]["lr"] = 1e-3 * fmd.learning_rate(step, args.steps, 20, 0.3)
         optimizer.step()
+        optimizer.zero_grad()
         decay = min(0.99, (1 + step) / (10 + step))
         for average, weight in zip(ema.parameters(), net.parameters()):
             average.lerp_(weight.detach(), 1 - decay)
@@ -435,49 +416,47 @@ def distil(args, equation, source, seed, folder):
 
 
 # ---- Pictures ----
-def picture(path, rows):
-    """{label: samples (10, 1, 28, 28)} -> a PNG, a row each, with the label to its left."""
+def picture(args, name, rows):
+    """{label: (10, 1, 28, 28)} -> NAME.png: a row each, its label to the left."""
     font, left, side = ImageFont.load_default(22), 330, 90
     canvas = Image.new("L", (left + 10 * side, len(rows) * side), 255)
     for i, (label, x) in enumerate(rows.items()):
         ImageDraw.Draw(canvas).text((left - 15, (i + 0.5) * side), label, 0, font, anchor="rm")
         for j, digit in enumerate(fmd.to_uint8(x)[..., 0].numpy()):
             canvas.paste(Image.fromarray(digit).resize((84, 84)), (left + j * side, i * side + 3))
+    path = (args.pictures or args.out) / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     sit.write(path, partial(canvas.save, format="PNG"))
     print(path)
 
 
 def strip(args):
-    """The same ten noises by the teacher and by the student. With guidance, a step of Euler takes two
-    network evaluations."""
-    z, y = fmd.noises(0, range(10), SHAPE), torch.arange(10)
+    """Ten noises by the teacher and by the student. A guided step of Euler takes two evaluations."""
+    z, y, _ = reference(10)
     rows = {}
     for steps in (1, 2, 4, 32):
-        rows[f"teacher, {2 * steps} evaluations"] = fmd.many_steps(TEACHER, z, y, GAMMA, NULL, steps, "euler")
-    rows["student, 1 evaluation"] = fmd.one_step(sit.load(STUDENT_FILE)[0], z, y, GAMMA)
-    picture((args.pictures or args.out) / "strip.png", rows)
+        x = fmd.many_steps(TEACHER, z, y, GAMMA, NULL, steps, "euler")
+        rows[f"teacher, {2 * steps} evaluations"] = x
+    picture(args, "strip", rows | {"student, 1 evaluation": by_student(STUDENT_FILE, z, y)})
 
 
 def run(args):
-    """Train by fmd.py's preset and show the student on the way. Nothing else moves: the noises stay."""
-    steps = args.steps or 1750
-    folder = args.out / f"run-{steps}"
+    """Train by fmd.py and show what the student makes of ten noises on the way."""
+    steps, save = args.steps or 1750, fmd.save
+    folder = args.out / f"run-{steps}x{args.batch}"
     shown = [step for step in (100, 500) if step < steps] + [steps]
-    save = fmd.save
 
     def save_and_keep(s, parts, run, step, log):
         save(s, parts, run, step, log)
-        if step in shown:
-            shutil.copy(folder / "student.pt", folder / f"student-{step}.pt")
+        shutil.copy(folder / "student.pt", folder / f"student-{step}.pt")
     with mock.patch.object(fmd, "save", save_and_keep):
         command(f"--steps {steps} --batch {args.batch} --eval-samples 2 --ckpt-every 100 --out {folder}")
-
     z, y, phi = reference(10)
-    nets = {0: fmd.start_from(TEACHER, delta=True, gamma=True)}
-    nets |= {step: sit.load(folder / f"student-{step}.pt")[0] for step in shown}
-    rows = {f"student, {step} steps": fmd.one_step(net, z, y, GAMMA) for step, net in nets.items()}
-    picture((args.pictures or args.out) / "run.png", rows | {"teacher, 126 evaluations": phi})
+    start = fmd.start_from(TEACHER, delta=True, gamma=True)
+    rows = {"student, 0 steps": fmd.one_step(start, z, y, GAMMA)}
+    for step in shown:
+        rows[f"student, {step} steps"] = by_student(folder / f"student-{step}.pt", z, y)
+    picture(args, "run", rows | {"teacher, 126 evaluations": phi})
 
 
 def main(argv=None):
@@ -487,7 +466,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("what", choices=findings)
-    add("files", nargs="*", type=Path, help="of digits, quality")
+    add("files", nargs="*", type=Path, help="of digits and quality")
     add("--mnist", metavar="DIR", help="folder with the IDX files (default: download)")
     add("--part", default="last", choices=("first", "last"), help="of MNIST's training digits")
     add("--count", type=int, default=10_000, help="digits, or samples of a row")
@@ -498,7 +477,7 @@ def main(argv=None):
     add("--real", type=Path, default=Path("out/real.npz"))
     add("--teacher", type=Path, default=Path("out/teacher/rollout.npz"))
     add("--classifier", type=Path, default=Path("out/classifier.pt"))
-    add("--weights", help="Inception's: a file, or `published`; without them FID is left out")
+    add("--weights", help="Inception's: a file or `published`; without, FID is left out")
     add("--out", type=Path, default=Path("out/findings"), help="folder of students and samples")
     add("--pictures", type=Path, help="folder of charts and pictures")
     args = parser.parse_args(argv)
