@@ -1,35 +1,30 @@
 # SPDX-License-Identifier: MIT
 """The paper's findings in miniature, on digits: tables, charts and pictures.
 
-What the tables need, once (--mnist DIR holds the IDX files; else they are downloaded):
-    python assets/findings.py digits out/real.npz              10,000 of MNIST's digits
-    python assets/findings.py digits out/train.npz --part first    10,000 others
-    python assets/findings.py classifier                       train the classifier of digits
-    python fmd.py --rollout 10000 --seed 1 --out out/teacher   the teacher's samples, of other noises
-
-Tables. With --weights published, or a file, they have FID, which takes 60 ms an image on a CPU:
-    python assets/findings.py quality out/28/samples.npz       any files of samples, a row each
-    python assets/findings.py speed                            one evaluation against many; a chart
-    python assets/findings.py objectives                       prediction alone, correction alone, both
-    python assets/findings.py settings                         the settings of the paper's Table 1
-    python assets/findings.py mismatch --pictures assets       why no data? Explained below; a chart
-
+What the tables need, made once (--mnist DIR has the IDX files; else they are downloaded):
+    python assets/findings.py digits out/real.npz                10,000 of MNIST's digits
+    python assets/findings.py classifier                         train the classifier of digits
+    python fmd.py --rollout 10000 --seed 1 --out out/teacher     the teacher's samples, of other noises
+Tables; with --weights, which names Inception's, they have FID (60 ms an image on a CPU):
+    python assets/findings.py quality out/28/samples.npz ...     any files of samples
+    python assets/findings.py objectives                         prediction, correction, both
+    python assets/findings.py settings                           the settings of the paper's Table 1
+Tables with a chart, which needs matplotlib and goes to the folder --pictures, if given:
+    python assets/findings.py speed                              one evaluation against many
+    python assets/findings.py mismatch                           why no data?
 Pictures:
-    python assets/findings.py strip                            digits by 2 to 64 evaluations, and by one
-    python assets/findings.py run                              the student after 0, 100, 500, all steps
+    python assets/findings.py strip                              digits by 2 to 64 evaluations, and by one
+    python assets/findings.py run out/100 out/500 out/28         students of shorter and longer runs
 
-Charts are drawn if --pictures names a folder, and need matplotlib. Students, samples and the moments
-of Inception's features are kept in --out. A repeated command computes only what is missing.
+Students and samples are kept in --out: a repeated command computes only what is missing.
 """
 
 import argparse
 import contextlib
-import shutil
 import signal
 import sys
 from functools import cache, partial
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
@@ -109,16 +104,12 @@ def images(path):
         return torch.from_numpy(file["arr_0"]), torch.from_numpy(file["arr_1"])
 
 
-@cache
-def load_inception(weights):
-    return fid.load_inception(None if weights == "published" else weights)[0]
-
-
 def inception_moments(path, weights):
     """-> mean and covariance of Inception's features, kept beside the file."""
     kept = path.with_suffix(f".{Path(weights).stem}.npz")
     if not kept.exists() or kept.stat().st_mtime < path.stat().st_mtime:
-        net, moments = load_inception(weights), fid.Moments(fid.POOL)
+        net, _ = fid.load_inception(None if weights == "published" else weights)
+        moments = fid.Moments(fid.POOL)
         for x in tqdm(images(path)[0].split(16), f"Inception, {path}"):
             moments.add(fid.features(net, x.expand(-1, -1, -1, 3))[0])
         mu, sigma = moments.mean_cov()
@@ -141,16 +132,14 @@ def classified(path, weights):
 
 def measure(path, args):
     """A file of samples -> {column: number}."""
-    references, row = {"teacher": args.teacher, "real digits": args.real}, {}
-    for name, other in references.items():
-        if args.weights:
-            ours, theirs = (inception_moments(file, args.weights) for file in (path, other))
-            row[f"FID to {name}"] = fid.frechet_distance(*ours, *theirs)
+    (x, y), row = images(path), {}
     ours, labels = classified(path, args.classifier)
-    for name, other in references.items():
+    for name, other in (("teacher", args.teacher), ("real digits", args.real)):
+        if args.weights:
+            inception = (inception_moments(file, args.weights) for file in (path, other))
+            row[f"FID to {name}"] = fid.frechet_distance(*sum(inception, ()))
         theirs, _ = classified(other, args.classifier)
         row[f"classifier's distance to {name}"] = fid.frechet_distance(*ours, *theirs)
-    x, y = images(path)
     edge = [0, 1, 2, 3, -4, -3, -2, -1]
     corners = x[:, edge][:, :, edge]  # the four of 4 x 4 pixels: black, in MNIST
     row["agreement, %"] = 100 * (labels == y).double().mean().item()
@@ -188,10 +177,13 @@ def command(line):
         raise SystemExit(code)
 
 
+def newer(path, weights):
+    return path.exists() and path.stat().st_mtime > weights.stat().st_mtime
+
+
 def samples(args, path, weights, flags):
-    """The file that a command of fmd.py writes. It is kept until the weights change."""
-    fresh = path.exists() and path.stat().st_mtime > weights.stat().st_mtime
-    if not fresh or len(images(path)[0]) != args.count:
+    """The file that a command of fmd.py writes, kept until the weights change."""
+    if not newer(path, weights) or len(images(path)[0]) != args.count:
         command(f"{flags} --out {path.parent}")
     return path
 
@@ -219,55 +211,53 @@ def measure_student(args, folder):
 def table(args, rows, steps):
     """Train students by fmd.py, one a row and seed, or go on with their runs. Sample and measure them."""
     steps = args.steps or steps
-    print(f"{steps} steps of {args.batch}, {args.seeds} seeds, {args.count} samples\n")
     rows = [row for row in rows if any(words in row[0] for words in args.only)]
     for name, paper, flags in rows:
         found = []
         for seed in range(args.seeds):
-            folder = args.out / f"{flags.replace(' ', '') or '--preset'}-{steps}x{args.batch}-{seed}"
-            command(f"--steps {steps} --batch {args.batch} --seed {seed} --eval-samples 2 {flags} "
-                    f"--out {folder}")
+            run = f"--steps {steps} --batch {args.batch} --seed {seed} {flags}"
+            folder = args.out / run.replace("--", "").replace(" ", "-")
+            command(f"{run} --eval-samples 2 --out {folder}")
             if sit.read_file(folder / "ckpt.pt")["step"] < steps:
                 raise SystemExit(f"{folder}: stopped")
             found.append(measure_student(args, folder))
-        print_row(f"{name} (`{flags}`)", found, {"the paper's FID": paper}, head=name == rows[0][0])
+        print_row(f"{name} `{flags}`", found, {"the paper's FID": paper}, head=name == rows[0][0])
 
 
 # ---- Charts ----
 def chart(args, name, curves, **labels):
-    """curves {label: (x, values (len(x), seeds))} -> NAME.png: the mean, in a band of all seeds."""
+    """curves {label: [(x, values of all seeds)]} -> NAME.png: means, in a band from least to largest."""
     if args.pictures:
         from matplotlib.figure import Figure  # draws with Agg
         figure = Figure((7.5, 4.6), dpi=110, layout="constrained")
         axes = figure.subplots()
-        for (label, (x, values)), colour in zip(curves.items(), ("#c0392b", "#2c5aa0", "#2e8b57")):
-            values = np.array(values)
-            axes.plot(x, values.mean(1), "o-", color=colour, label=label)
-            axes.fill_between(x, values.min(1), values.max(1), color=colour, alpha=0.25)
+        for (label, points), colour in zip(curves.items(), ("#c0392b", "#2c5aa0", "#2e8b57")):
+            x, values = zip(*points)
+            axes.plot(x, np.mean(values, 1), "o-", color=colour, label=label)
+            axes.fill_between(x, np.min(values, 1), np.max(values, 1), color=colour, alpha=0.25)
         axes.set(yscale="log", **labels)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
         axes.legend()
         figure.savefig(args.pictures / f"{name}.png")
 
 
 def speed(args):
     """One evaluation against many. With guidance a step of Euler takes 2 network evaluations, one of
-    Heun 4, the last 2. The last row of Heun has the solver of the teacher's file: other noises alone."""
-    path = args.out / "bundled" / "samples.npz"
-    path = samples(args, path, STUDENT_FILE, f"--sample {args.count} --ckpt {STUDENT_FILE}")
-    row = measure(path, args)
-    print_row("student, 1 evaluation", [row], head=True)
-    column = next(iter(row))
-    curves = {"student": ([1], [[row[column]]])}
+    Heun 4, the last 2. The teacher's file is of Heun 32: that row differs from it by noises alone."""
+    runs = [("student", 1, STUDENT_FILE, "samples.npz", f"--ckpt {STUDENT_FILE} --sample {args.count}")]
     for solver in ("euler", "heun"):
-        evaluations, values = [], []
         for steps in (2, 4, 8, 16, 32):
-            path = args.out / f"{solver}-{steps}" / "rollout.npz"
-            flags = f"--rollout {args.count} --solver {solver} --rollout-steps {steps}"
-            row = measure(samples(args, path, TEACHER_FILE, flags), args)
-            evaluations.append(2 * steps if solver == "euler" else 4 * steps - 2)
-            values.append([row[column]])
-            print_row(f"teacher, {steps} steps of {solver}, {evaluations[-1]} evaluations", [row])
-        curves[f"teacher, {solver}"] = (evaluations, values)
+            evaluations = 2 * steps if solver == "euler" else 4 * steps - 2
+            flags = f"--solver {solver} --rollout-steps {steps} --rollout {args.count}"
+            runs.append((f"teacher, {solver}", evaluations, TEACHER_FILE, "rollout.npz", flags))
+    curves = {}
+    for name, evaluations, weights, file, flags in runs:
+        path = args.out / f"{name.split()[-1]}-{evaluations}" / file
+        row = measure(samples(args, path, weights, flags), args)
+        print_row(f"{name}, {evaluations}", [row], head=not curves)
+        column = next(iter(row))
+        curves.setdefault(name, []).append((evaluations, [row[column]]))
     ticks = [1, 2, 4, 8, 16, 32, 64, 128]
     chart(args, "speed", curves, xscale="log", xticks=ticks, xticklabels=ticks, ylabel=column,
           xlabel="network evaluations a sample", title="One evaluation against many")
@@ -298,30 +288,31 @@ def mismatch(args):
     with t ~ U(0, 1); the others are z, at t = 1, or nothing would train the map from the prior. All have
     δ ~ U(0, t). Two controls: states on the teacher's own paths in place of data (the same equation, no
     mismatch), and the first equation at the same data (another equation, the same mismatch)."""
-    args.steps = args.steps or 900
-    print(f"{args.steps} steps of {args.batch}, {args.seeds} seeds, {args.count} samples\n")
     x, y = load_mnist(args.mnist)
     few = y < 5
-    sources = {"on the teacher's own paths": on_paths(min(1000, args.count)),
-               "training digits": noised(x, y),
-               "digits moved by up to 4 pixels": noised(x, y, 4),
-               "digits moved by up to 8 pixels": noised(x, y, 8),
-               "digits 0 to 4 alone": noised(x[few], y[few])}
-    prior = distilled(args, end_moves, "from the prior", None)
-    print_row("end_moves, from the prior", prior, head=True)
-    found = {"end_moves, from the prior": [prior] * len(sources)}
-    for equation in (start_moves, end_moves):
-        name = f"{equation.__name__}, at data"
-        found[name] = []
+    data = {"own paths": on_paths(min(1000, args.count)),
+            "training digits": noised(x, y),
+            "moved by 4": noised(x, y, 4),
+            "moved by 8": noised(x, y, 8),
+            "only 0 to 4": noised(x[few], y[few])}
+    curves = {}
+    for name, equation, sources in (("end moves, from the prior", end_moves, {"": None}),
+                                    ("start moves, at data", start_moves, data),
+                                    ("end moves, at data", end_moves, data)):
         for words, source in sources.items():
-            found[name].append(distilled(args, equation, words, source))
-            print_row(f"{equation.__name__}, {words}", found[name][-1])
-    column = next(iter(prior[0]))
-    ticks = [words.replace("digits ", "digits\n").replace("own", "\nown") for words in sources]
-    curves = {name: (ticks, [[row[column] for row in seeds] for seeds in rows])
-              for name, rows in found.items()}
-    chart(args, "mismatch", curves, ylabel=column, xlabel="states of training",
-          title=f"One teacher, distilled at states that fit it less and less ({args.seeds} seeds)")
+            found = []
+            for seed in range(args.seeds):
+                run = f"{name} {words} {args.steps or 900} {args.batch} {seed}"
+                folder = args.out / run.replace(",", "").replace(" ", "-")
+                if not newer(folder / "student.pt", TEACHER_FILE):
+                    distil(args, equation, source, seed, folder)
+                found.append(measure_student(args, folder))
+            print_row(f"{name}: {words}", found, head=not curves)
+            column = next(iter(found[0]))
+            for x_label in [words] if words else data:  # one line for all data, where there are none
+                curves.setdefault(name, []).append((x_label, [row[column] for row in found]))
+    chart(args, "mismatch", curves, ylabel=column, xlabel="data: from fitting to misleading",
+          title="One teacher, distilled at states that it meets less and less")
 
 
 @torch.no_grad()
@@ -371,25 +362,13 @@ def on_paths(count, steps=16):
     return source
 
 
-def distilled(args, equation, words, source):
-    """-> the rows of students, one a seed, that learned the equation at these states."""
-    found = []
-    for seed in range(args.seeds):
-        name = f"{equation.__name__}, {words}, {args.steps}x{args.batch}, {seed}"
-        folder = args.out / name.replace(",", "").replace("'", "").replace(" ", "-")
-        if not (folder / "student.pt").exists():
-            distil(args, equation, source, seed, folder)
-        found.append(measure_student(args, folder))
-    return found
-
-
 def distil(args, equation, source, seed, folder):
-    """Train a student, with the optimiser of fmd.py's preset of 28 -> student.pt."""
+    """Train a student by AdamW, with the rates of fmd.py's preset of 28 -> student.pt."""
+    steps = args.steps or 900
     torch.manual_seed(seed)
     net = fmd.start_from(TEACHER, delta=True, gamma=True)
-    ema = fmd.start_from(net).requires_grad_(False)
     optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.99), weight_decay=0)
-    for step in tqdm(range(args.steps)):
+    for step in tqdm(range(steps)):
         p = fmd.prior(args.batch, SHAPE, NULL, (GAMMA, GAMMA))
         x, t, y = p.z, torch.ones(args.batch), p.y
         if source:
@@ -404,14 +383,11 @@ def distil(args, equation, source, seed, folder):
         residual = equation(F, F_x.detach(), u, x, t, delta)
         (F_x * fmd.weighted(residual)).mean().backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1)
-        optimizer.param_groups[0]["lr"] = 1e-3 * fmd.learning_rate(step, args.steps, 20, 0.3)
+        optimizer.param_groups[0]["lr"] = 1e-3 * fmd.learning_rate(step, steps, 20, 0.3)
         optimizer.step()
         optimizer.zero_grad()
-        decay = min(0.99, (1 + step) / (10 + step))
-        for average, weight in zip(ema.parameters(), net.parameters()):
-            average.lerp_(weight.detach(), 1 - decay)
     folder.mkdir(parents=True, exist_ok=True)
-    file = {"ema": sit.released_names(ema.state_dict()), "config": ema.config, "gamma": [GAMMA, GAMMA]}
+    file = {"ema": sit.released_names(net.state_dict()), "config": net.config, "gamma": [GAMMA, GAMMA]}
     sit.write(folder / "student.pt", partial(torch.save, file))
 
 
@@ -441,21 +417,13 @@ def strip(args):
 
 
 def run(args):
-    """Train by fmd.py and show what the student makes of ten noises on the way."""
-    steps, save = args.steps or 1750, fmd.save
-    folder = args.out / f"run-{steps}x{args.batch}"
-    shown = [step for step in (100, 500) if step < steps] + [steps]
-
-    def save_and_keep(s, parts, run, step, log):
-        save(s, parts, run, step, log)
-        shutil.copy(folder / "student.pt", folder / f"student-{step}.pt")
-    with mock.patch.object(fmd, "save", save_and_keep):
-        command(f"--steps {steps} --batch {args.batch} --eval-samples 2 --ckpt-every 100 --out {folder}")
+    """What students make of ten noises, of folders of fmd.py's runs that took more and more steps."""
     z, y, phi = reference(10)
     start = fmd.start_from(TEACHER, delta=True, gamma=True)
     rows = {"student, 0 steps": fmd.one_step(start, z, y, GAMMA)}
-    for step in shown:
-        rows[f"student, {step} steps"] = by_student(folder / f"student-{step}.pt", z, y)
+    for folder in args.files:
+        steps = sit.read_file(folder / "ckpt.pt")["step"]
+        rows[f"student, {steps} steps"] = by_student(folder / "student.pt", z, y)
     picture(args, "run", rows | {"teacher, 126 evaluations": phi})
 
 
@@ -463,10 +431,11 @@ def main(argv=None):
     findings = {f.__name__: f for f in (digits, classifier, quality, speed, mismatch, strip, run)}
     findings["objectives"] = partial(table, rows=[SETTINGS[i] for i in (2, 3, 6)], steps=1750)
     findings["settings"] = partial(table, rows=SETTINGS, steps=900)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("what", choices=findings)
-    add("files", nargs="*", type=Path, help="of digits and quality")
+    add("files", nargs="*", type=Path, help="of digits and quality; folders of run")
     add("--mnist", metavar="DIR", help="folder with the IDX files (default: download)")
     add("--part", default="last", choices=("first", "last"), help="of MNIST's training digits")
     add("--count", type=int, default=10_000, help="digits, or samples of a row")
