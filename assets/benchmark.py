@@ -1,24 +1,26 @@
 # SPDX-License-Identifier: MIT
 """What a training step costs: the time of its parts, FLOPs, memory.
 
-    python assets/benchmark.py                               the bundled teacher, batch 64
-    python assets/benchmark.py SiT-B/2 --batch 4             a named size, random weights, latents
-    python assets/benchmark.py bundled -- --optimizer adamw  flags of fmd.py follow --
-    python assets/benchmark.py memory                        of SiT-XL/2 on a GPU, without a GPU
+    python assets/benchmark.py                            the bundled teacher, batch 64, by fd and by jvp
+    python assets/benchmark.py SiT-B/2 --batch 4          a named size, random weights, latents
+    python assets/benchmark.py bundled -- --correction 0  flags of fmd.py follow --
+    python assets/benchmark.py memory                     of SiT-XL/2 on a GPU, without a GPU
 
-Every round takes one step of fmd.py's own loop and then each part of it, so that a machine that slows
-down slows all of them. Times are medians; `forwards` are multiples of the student's forward pass on
-the same batch. Utilisation (MFU) needs --peak, the device's TFLOP/s.
+The parts are timed inside fmd.py's own loop, so nothing is computed twice. Each round also takes one
+forward pass of the student on the whole batch, without gradient: the unit of the column `forwards`. A
+machine that slows down slows both. Times are medians over the rounds. Utilisation (MFU) needs --peak,
+the device's TFLOP/s.
 """
 
 import argparse
+import contextlib
 import re
 import sys
 import tempfile
 import time
 import weakref
-from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -29,6 +31,11 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import fmd, sit  # noqa: E401, E402
 
+# A JVP in forward passes. torch's FLOP counter gives 3.2, because each linear layer also multiplies a
+# tangent of its weights, which is zero. The clock gives 3.5 to 4 on a CPU.
+JVP_PASSES = 3.5
+WARMUP = 2                      # steps before the first round
+
 
 def forward_flops(config):
     """FLOPs of a sample's forward pass, T tokens of width D: a block takes 24 T D² (qkv 6, proj 2,
@@ -37,11 +44,11 @@ def forward_flops(config):
     return config["depth"] * (24 * T * D ** 2 + 4 * T ** 2 * D + 12 * D ** 2)
 
 
-def step_flops(config, share, derivative="jvp"):
+def step_flops(config, share, derivative="jvp", jvp_passes=JVP_PASSES):
     """FLOPs of a sample in a step, by forward passes: student 3 (the backward pass is two), guided
-    teacher 2, derivative 2 or 1 on prediction's share, g 3 on correction's. Recomputation is not
-    counted."""
-    passes = 5 + (1 - share) * {"jvp": 2, "fd": 1}[derivative] + 3 * share
+    teacher 2, derivative jvp_passes or 1 (fd) on prediction's share, g 3 on correction's share.
+    Recomputation is not counted."""
+    passes = 5 + (1 - share) * {"jvp": jvp_passes, "fd": 1}[derivative] + 3 * share
     return passes * forward_flops(config)
 
 
@@ -57,57 +64,83 @@ def random_files(name, side, folder):
     return ["--res", str(side), "--teacher", f"{folder}/teacher.pt", "--vae", f"{folder}/vae.pt"]
 
 
-def parts(run, s):
-    """{name: function} of the parts of a step on one batch of draws."""
-    draw = partial(fmd.prior, shape=run.shape, classes=run.classes, gamma=s.gamma,
-                   r=(s.r_location, s.r_scale), device=run.device)
-    counts = {"all": s.batch, "p": s.batch - s.correction_rows, "c": s.correction_rows}
-    a, p, c = (draw(count, key=(0, 0, name)) for name, count in counts.items())
-    F = partial(fmd.average_velocity, run.student, a.z, a.delta, a.y, a.gamma)
-    F_p = partial(fmd.average_velocity, run.unwrapped, y=p.y, gamma=p.gamma)
-    dF = partial(run.derivative, F_p, p.z, p.delta, p.z, s.derivative)
-    u = partial(fmd.guided, run.teacher, a.z, a.delta, a.y, a.gamma, run.classes)
-    g = partial(run.online, c.n, c.r, c.y, gw=c.gamma)
-    return {"forward": torch.no_grad()(F),
-            "student, forward and backward": lambda: F().sum().backward(),
-            "teacher, guided": u, f"derivative, {s.derivative}": dF,
-            "g, forward and backward": lambda: g().sum().backward()}
+def clock():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
-def measure(flags, rounds, warmup=2):
-    """Train by fmd.py for some steps -> {part: seconds by round}, the run's namespace, its settings."""
-    seconds, real_setup, real_prior, state = {}, fmd.setup, fmd.prior, {}
+class Stopwatch:
+    """Seconds in functions of the training loop, step by step. Of timed functions that call each
+    other, the outermost counts."""
+    def __init__(self):
+        self.steps = []         # of each step {part: seconds}
+        self.now = {}           # of the present step
+        self.busy = False
 
-    def clock():
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
+    def timed(self, part, function):
+        def wrapper(*args, **more):
+            if self.busy or torch.compiler.is_compiling():      # a graph holds no clock
+                return function(*args, **more)
+            self.busy = True
+            start = clock()
+            out = function(*args, **more)
+            self.now[part] = self.now.get(part, 0) + clock() - start
+            self.busy = False
+            return out
+        return wrapper
 
-    def setup(s):
-        state.update(run=real_setup(s), s=s)
-        state["parts"] = parts(state["run"], s)
-        return state["run"]
 
-    def prior(*args, **more):  # a step begins with prediction's draws
-        if more["key"][2] == "prediction":
-            now, run = clock(), state["run"]
-            if "start" in state:
-                seconds.setdefault("whole step", []).append(now - state["start"])
-            for name, part in state["parts"].items():
-                start = clock()
-                part()
-                seconds.setdefault(name, []).append(clock() - start)
-            for weight in (*run.net.parameters(), *run.g.parameters()):
-                weight.grad = None
-            state["start"] = clock()
-        return real_prior(*args, **more)
+def measure(flags, steps):
+    """Train by fmd.py -> [{part: seconds}] of the steps, the student's config, the settings."""
+    s, watch, student, start = fmd.parse(flags), Stopwatch(), None, 0
 
-    fmd.setup, fmd.prior, fmd.evaluate, fmd.log = setup, prior, *[lambda *args: None] * 2
-    code = fmd.main([*flags, "--steps", str(rounds + warmup + 1), "--ckpt-every", "1000000"])
-    fmd.setup, fmd.prior = real_setup, real_prior
-    if code:  # refused
-        raise SystemExit(code)
-    return {k: v[warmup:][:rounds] for k, v in seconds.items()}, state["run"], state["s"]
+    def resume(s, parts, run):                  # train calls it once, with its networks
+        nonlocal student
+        student = parts["student"]
+        return real_resume(s, parts, run)
+
+    def learning_rate(*args):                   # train calls it once a step
+        nonlocal start
+        watch.now["whole step"] = clock() - start
+        watch.steps.append(watch.now)
+        watch.now = {}
+        watch.timed("forward", forward)(student, s.batch)
+        start = clock()
+        return real_learning_rate(*args)
+
+    def compile(function, **more):
+        compiled = real_compile(function, **more)
+        return watch.timed("derivative", compiled) if function is fmd.duration_derivative else compiled
+
+    real_resume, real_learning_rate, real_compile = fmd.resume, fmd.learning_rate, torch.compile
+    parts = {"draws": (fmd, "prior"),
+             "student, forward": (fmd, "average_velocity"),
+             "teacher, guided": (fmd, "guided"),
+             "g, forward": (sit.SiT, "forward"),        # student and teacher are inside the above
+             "student and g, backward": (torch.Tensor, "backward"),
+             "clipping": (fmd, "clip_grad_norm_"),
+             "optimiser": (torch.optim.AdamW, "step")}
+    if not s.compile:
+        parts["derivative"] = (fmd, "duration_derivative")
+    replaced = [(owner, name, watch.timed(part, getattr(owner, name)))
+                for part, (owner, name) in parts.items()]
+    replaced += [(fmd, "resume", resume), (fmd, "learning_rate", learning_rate), (torch, "compile", compile),
+                 (fmd, "in_chunks", lambda sampler, z, y: z)]       # no samples for evaluation
+    with contextlib.ExitStack() as stack:
+        for owner, name, function in replaced:
+            stack.enter_context(mock.patch.object(owner, name, function))
+        code = fmd.main([*flags, "--steps", str(steps), "--log-every", "1000000", "--eval-samples", "1"])
+    if code or len(watch.steps) < steps:        # refused, or stopped
+        raise SystemExit(code or 1)
+    return watch.steps, student.config, s
+
+
+@torch.no_grad()
+def forward(student, rows):
+    """The unit: a forward pass of the whole batch."""
+    p = fmd.prior(rows, student.config["shape"], student.config["classes"], device=student.pos_embed.device)
+    student(p.z, torch.ones_like(p.delta), p.y, p.delta, p.gamma)
 
 
 def report(args):
@@ -115,17 +148,25 @@ def report(args):
         with tempfile.TemporaryDirectory() as folder:
             flags = [] if args.what == "bundled" else random_files(args.what, args.res, folder)
             flags += ["--batch", str(args.batch), "--out", folder, "--derivative", derivative]
-            seconds, run, s = measure([*flags, *args.flags], args.rounds)
-        print(f"\n{args.what}, batch {s.batch}, {s.device}, {torch.get_num_threads()} threads")
-        for name, values in seconds.items():
-            ratio = np.median(np.array(values) / seconds["forward"])
-            print(f"{name:32}{1e3 * np.median(values):9.1f} ms{ratio:8.2f} forwards")
-        flops = step_flops(run.net.config, s.correction, derivative)
-        step = np.median(seconds["whole step"])
+            if derivative == "fd":
+                flags.append("--no-bf16")
+            torch.compiler.reset()      # torch keeps a limited number of graphs
+            steps, config, s = measure([*flags, *args.flags], args.rounds + WARMUP)
+        table = {part: np.array([step[part] for step in steps[WARMUP:]]) for part in steps[-1]}
+        whole, unit = table.pop("whole step"), table.pop("forward")
+        rest = whole - sum(table.values())
+        print(f"\n{args.what}, batch {s.batch}, {derivative}, {s.device}, {torch.get_num_threads()} threads")
+        table["optimiser"] = table.pop("optimiser")         # the last part, although a step is cut there
+        rows = *table.items(), ("the rest: EMA, log, checks", rest), ("whole step", whole)
+        print(f"forward, without gradient     {1e3 * np.median(unit):9.1f} ms{1:8.2f} forwards")
+        for part, seconds in rows:
+            print(f"{part:30}{1e3 * np.median(seconds):9.1f} ms{np.median(seconds / unit):8.2f} forwards"
+                  f"{np.median(seconds / whole):8.1%} of a step")
+        flops, step = step_flops(config, s.correction, derivative), np.median(whole)
         rate = s.batch * flops / step / 1e12
         used = f", MFU {rate / args.peak:.1%}" if args.peak else ""
         print(f"{flops / 1e9:.3g} GFLOP a sample, {rate:.3g} TFLOP/s{used}, {s.batch / step:.1f} images/s")
-        if run.device.type == "cuda":
+        if torch.device(s.device).type == "cuda":
             print(f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
 
 
@@ -167,16 +208,18 @@ def draws(net, rows):
 def activations(net, rows):
     """Bytes that a forward pass of `rows` samples keeps for the backward pass."""
     inputs = draws(net, rows)
-    with LiveBytes() as count:
-        F = fmd.average_velocity(partial(fmd.velocity_of, net, bf16=True), *inputs)
+    with LiveBytes() as count, torch.autocast("cuda", torch.bfloat16):
+        F = fmd.average_velocity(net, *inputs)
         return count.live - F.nbytes
 
 
 def derivative_peak(net, rows):
     """Bytes that ∂F/∂δ of `rows` samples needs at most."""
     z, delta, y, gamma = draws(net, rows)
-    F = partial(fmd.average_velocity, partial(fmd.velocity_of, net, bf16=True), y=y, gamma=gamma)
-    with LiveBytes() as count:
+
+    def F(z, delta):
+        return fmd.average_velocity(net, z, delta, y, gamma)
+    with LiveBytes() as count, torch.autocast("cuda", torch.bfloat16):
         fmd.duration_derivative(F, z, delta)
         return count.peak
 
@@ -184,8 +227,8 @@ def derivative_peak(net, rows):
 def memory(args):
     """SiT-XL/2 on a GPU in bfloat16, in GB. `weights`: those of student, g, EMA and teacher, and
     gradients and two moments of student and g. `again`: with --checkpointing, where one block at a
-    time is computed again. A step needs the weights and the larger of activations and derivative,
-    which are alive together once the student's forward pass is done."""
+    time is computed again. `derivative`: its peak, beside which the activations of the student are
+    alive. So a step needs the sum."""
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     torch.cuda.is_bf16_supported = lambda *a, **k: True
     print("| side | rows | weights | activations | again | derivative | in all | in all, again |\n"
@@ -194,7 +237,7 @@ def memory(args):
     with FakeTensorMode(), torch.device("cuda"):
         for side, rows in ((256, 32), (256, 64), (256, 256), (512, 32), (512, 64), (512, 256)):
             depth, width, heads = sit.SIZES["XL"]
-            net = sit.SiT((4, side // 8, side // 8), depth, width, heads, 2, 1000, dt=True, gw=True)
+            net = sit.SiT((4, side // 8, side // 8), depth, width, heads, 2, 1000, delta=True, gamma=True)
             weights = 10 * sum(p.nbytes for p in net.parameters())
             slope = derivative_peak(net, rows * 3 // 4)
             sit.nnf.scaled_dot_product_attention = FusedAttention.apply

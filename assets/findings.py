@@ -1,397 +1,454 @@
 # SPDX-License-Identifier: MIT
-"""The paper's findings in miniature, on the bundled teacher: tables and charts.
+"""The paper's findings in miniature, on digits: tables, charts and pictures.
 
-    python assets/findings.py objectives  prediction alone, correction alone, both
-    python assets/findings.py settings    k, p(r), the cut, α, jvp: 15 rows
-    python assets/findings.py error       error.png: error along the path, by both and prediction
-    python assets/findings.py speed       speed.png: images/s and quality, one step against many
-    python assets/findings.py guidance    γ as a knob when sampling
-    python assets/findings.py search      noises ranked by one step: how well, and what it gains
-    python assets/findings.py figure      objectives.png: the two objectives on 2-D points
-    python assets/findings.py example     points.png: fmd.py's functions with a teacher of your own
+What the tables need, made once (--mnist DIR has the IDX files; else they are downloaded):
+    python assets/findings.py digits out/real.npz                10,000 of MNIST's digits
+    python assets/findings.py classifier                         train the classifier of digits
+    python fmd.py --rollout 10000 --seed 1 --out out/teacher     the teacher's samples, of other noises
+Tables; with --weights, which names Inception's, they have FID (60 ms an image on a CPU):
+    python assets/findings.py quality out/28/samples.npz ...     any files of samples
+    python assets/findings.py objectives                         prediction, correction, both
+    python assets/findings.py settings                           the settings of the paper's Table 1
+Tables with a chart, which needs matplotlib and goes to the folder --pictures, if given:
+    python assets/findings.py speed                              one evaluation against many
+    python assets/findings.py mismatch                           why no data?
+Pictures:
+    python assets/findings.py strip                              digits by 2 to 64 evaluations, and by one
+    python assets/findings.py run out/100 out/500 out/28         students of shorter and longer runs
 
-The charts need matplotlib, which requirements.txt does not list. The first three train students by
-commands of fmd.py and keep them in --out. Without data, the teacher itself judges (`features`).
+Students and samples are kept in --out: a repeated command computes only what is missing.
 """
 
 import argparse
 import contextlib
 import signal
 import sys
-import time
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn import Linear, SiLU
+import torch.nn as nn
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import fid, fmd, sit  # noqa: E401, E402
+from train_teacher import load_mnist  # noqa: E402
 
-SHAPE, LABELS, NULL = (1, 28, 28), range(10), 10
-TEACHER = sit.load(HERE / "teacher-mnist.pt")[0]
-STUDENT = sit.load(HERE / "student-mnist.pt")[0]
-teacher = partial(fmd.velocity_of, TEACHER)
-RED, BLUE, GREEN = "#c0392b", "#2c5aa0", "#2e8b57"
+SHAPE, NULL, GAMMA = (1, 28, 28), 10, 1.5
+TEACHER_FILE, STUDENT_FILE = HERE / "teacher-mnist.pt", HERE / "student-mnist.pt"
+TEACHER = sit.load(TEACHER_FILE)[0]
 
-# Rows: name, the paper's FID, flags of fmd.py beside those of `students`. "preset": that of 28.
+# Name of a row, the paper's FID with a SiT-B/2, flags of fmd.py. The rest is the preset of 28.
 SETTINGS = [("prediction alone, k = 0", "11.91", "--correction 0 --k 0"),
             ("prediction alone, k = 0.5", "11.71", "--correction 0 --k 0.5"),
             ("prediction alone, k = 1", "12.40", "--correction 0"),
             ("correction alone, k = 1", "loses modes", "--correction 1"),
             ("both, k = 0", "43.53", "--k 0"),
             ("both, k = 0.5", "10.58", "--k 0.5"),
-            ("**both, k = 1**", "5.58", ""),
+            ("both, k = 1", "5.58", ""),
             ("r seldom above 0.6", "91.8 (cut at 0.6)", "--r-location -1.2 --r-scale 0.5"),
             ("r about uniform", "6.02 (uniform)", "--r-location 0 --r-scale 1.7"),
-            ("correction guided to r = 1", "8.65", "--cut 1"),
+            ("correction guided up to r = 0.6", "5.72", "--cut 0.6"),
+            ("correction guided up to r = 1", "8.65", "--cut 1"),
             ("α = 0.3", "robust", "--alpha 0.3"),
             ("α = 3", "robust", "--alpha 3"),
-            ("both, k = 1, by jvp", "", "--derivative jvp"),
-            ("prediction alone, preset", "", "--correction 0 --lr 7e-4 --ema 0.99"),
-            ("both, preset", "", "--alpha 0.5 --r-location 0.4 --cut 0.5 --lr 7e-4 --ema 0.99")]
+            ("both, k = 1, by jvp", "", "--derivative jvp")]
 
 
-# ---- Samples ----
-def noises(seed, names):
-    """(len(names), 1, 28, 28). Names 0 to count - 1 give the noises of fmd.generate."""
-    sources = [fmd.generator("cpu", seed, "sample", name) for name in names]
-    return torch.stack([torch.randn(SHAPE, generator=source) for source in sources])
+# ---- Digits and their classifier ----
+def digits(args):
+    """Write real digits as fmd.py writes samples: arr_0 uint8 (N, 28, 28, 1), arr_1 labels (N,)."""
+    x, y = load_mnist(args.mnist)
+    part = slice(args.count) if args.part == "first" else slice(-args.count, None)
+    path = args.files[0]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sit.write(path, partial(np.savez, arr_0=fmd.to_uint8(x[part]).numpy(), arr_1=y[part].numpy()))
+    print(f"{path}: {len(y[part])} digits")
 
 
-def by_student(net, gamma=1.5):
-    """-> sampler(z, y): one evaluation."""
-    return partial(fmd.one_step, partial(fmd.velocity_of, net), gamma=gamma)
+def network():
+    """(B, 1, 28, 28) -> (B, 10) logits. All layers but the last give 128 features."""
+    return nn.Sequential(nn.Conv2d(1, 16, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
+                         nn.Conv2d(16, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
+                         nn.Flatten(), nn.Linear(32 * 7 * 7, 128), nn.ReLU(), nn.Linear(128, 10))
 
 
-def by_teacher(steps, gamma=1.5, solver="heun"):
-    """-> sampler(z, y): a rollout, without the evaluations for guidance at γ = 1."""
-    if gamma == 1:
-        return lambda z, y: fmd.rollout(partial(teacher, y=y), z, steps, solver)
-    return partial(fmd.many_steps, teacher, gamma=gamma, null=NULL, steps=steps, solver=solver)
+def classifier(args):
+    """Train on five sixths of the digits, 50,000, and print the accuracy on the others."""
+    x, y = load_mnist(args.mnist)
+    held, steps = len(x) // 6, args.steps or 1200
+    torch.manual_seed(0)
+    net = network()
+    optimizer = torch.optim.AdamW(net.parameters())
+    for step in tqdm(range(steps)):
+        i = torch.randint(len(x) - held, (128,))
+        optimizer.param_groups[0]["lr"] = 1e-3 * fmd.learning_rate(step, steps, 20, 0.5)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x[i]), y[i]).backward()
+        optimizer.step()
+    args.classifier.parent.mkdir(parents=True, exist_ok=True)
+    sit.write(args.classifier, partial(torch.save, net.state_dict()))
+    with torch.no_grad():
+        labels = torch.cat([net(part).argmax(1) for part in x[-held:].split(500)])
+    accuracy = (labels == y[-held:]).float().mean()
+    print(f"{args.classifier}: {accuracy:.2%} of {held} other digits are read right")
 
 
-def draw(sampler, count, seed):
-    """Samples of the noises of a seed, labels in turn -> x (count, 1, 28, 28), y (count,)."""
-    run = argparse.Namespace(shape=SHAPE, device="cpu", seed=seed)
-    x = torch.cat(list(fmd.generate(run, run, sampler, count, LABELS)))
-    return x[:count], torch.arange(count) % 10
+# ---- Measures of a file of samples ----
+def images(path):
+    """-> (N, 28, 28, 1) uint8, labels (N,)."""
+    with np.load(path) as file:
+        return torch.from_numpy(file["arr_0"]), torch.from_numpy(file["arr_1"])
 
 
-def students(args, steps, flags):
-    """Train one student a seed, or go on with its run. Yields their networks."""
-    for seed in range(args.seeds):
-        name = flags.replace("--", "").replace(" ", "-") or "base"
-        folder = args.out / f"{name}-{args.optimizer}-{steps}x{args.batch}-{seed}"
-        command = ("--device cpu --eval-samples 2 --alpha 1 --r-location 0.8 --cut 0.7 --lr 1e-3 "
-                   f"--ema 0.995 --optimizer {args.optimizer} --steps {steps} --seed {seed} "
-                   f"--batch {args.batch} --out {folder} {flags}")
-        with contextlib.redirect_stdout(sys.stderr):
-            code = fmd.main(command.split())
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_DFL)  # fmd.py leaves its own handlers
-        if code or sit.read_file(folder / "ckpt.pt")["step"] < steps:  # refused, or stopped
-            raise SystemExit(code or 1)
-        yield sit.load(folder / "student.pt")[0]
-
-
-# ---- Measures ----
-@torch.no_grad()
-def features(x, r=0.3):
-    """Images (N, 1, 28, 28) -> (N, 128): the output of the teacher's last block but one, averaged
-    over the tokens, for the images noised to r and the null label."""
-    n, count = torch.randn(x.shape, generator=fmd.generator("cpu", "features")), len(x)
-    rows = []
-    hook = TEACHER.blocks[-2].register_forward_hook(lambda net, args, out: rows.append(out.mean(1)))
-    teacher((1 - r) * x + r * n, torch.full((count,), r), torch.full((count,), NULL))
-    hook.remove()
-    return rows[0]
-
-
-def distance(h, h_true):
-    """Fréchet distance of features (N, 128), in per cent of the variance of the second ones."""
-    a, b = h.double().numpy(), h_true.double().numpy()
-    scale = 100 / np.trace(np.cov(b.T))
-    return scale * fid.frechet_distance(a.mean(0), np.cov(a.T), b.mean(0), np.cov(b.T))
-
-
-def spread(h, y):
-    """Mean squared distance of features (N, 128) to the mean of their class y (N,)."""
-    classes = [h[y == label] for label in LABELS]
-    return np.mean([(rows - rows.mean(0)).square().sum(1).mean().item() for rows in classes])
-
-
-def relative_error(x, phi):
-    """The mean of |x - φ| / |φ|. x, phi (N, 1, 28, 28)."""
-    return ((x - phi).flatten(1).norm(dim=1) / phi.flatten(1).norm(dim=1)).mean().item()
+def inception_moments(path, weights):
+    """-> mean and covariance of Inception's features, kept beside the file."""
+    kept = path.with_suffix(f".{Path(weights).stem}.npz")
+    if not kept.exists() or kept.stat().st_mtime < path.stat().st_mtime:
+        net, _ = fid.load_inception(None if weights == "published" else weights)
+        moments = fid.Moments(fid.POOL)
+        for x in tqdm(images(path)[0].split(16), f"Inception, {path}"):
+            moments.add(fid.features(net, x.expand(-1, -1, -1, 3))[0])
+        mu, sigma = moments.mean_cov()
+        sit.write(kept, partial(np.savez, mu=mu, sigma=sigma))
+    with np.load(kept) as file:
+        return file["mu"], file["sigma"]
 
 
 @torch.no_grad()
-def label_score(x, y):
-    """How much the label helps the teacher, noising x to r = 0.4 and 0.7, to predict x - n: its own
-    classifier (arXiv 2303.16203), for 4 evaluations. x (N, ...), y (N,) -> (N,), high is good."""
-    score = 0
-    for r in (0.4, 0.7):
-        n, t = noises("score", [r]), torch.full(y.shape, r)  # the same n for all: scores compare
-        x_r = (1 - r) * x + r * n
-        u_y, u_null = teacher(x_r, t, y), teacher(x_r, t, torch.full_like(y, NULL))
-        gain = (u_null - (x - n)).square() - (u_y - (x - n)).square()
-        score = score + gain.flatten(1).mean(1) / 2
-    return score
+def classified(path, weights):
+    """-> mean and covariance of the classifier's features; its labels (N,)."""
+    net, moments, labels = network(), fid.Moments(128), []
+    net.load_state_dict(sit.read_file(weights))
+    for x in images(path)[0].split(500):
+        features = net[:-1](x.permute(0, 3, 1, 2) / 127.5 - 1)
+        moments.add(features)
+        labels.append(net[-1](features).argmax(1))
+    return moments.mean_cov(), torch.cat(labels)
 
 
-# ---- Tables ----
+def measure(path, args):
+    """A file of samples -> {column: number}."""
+    (x, y), row = images(path), {}
+    ours, labels = classified(path, args.classifier)
+    for name, other in (("teacher", args.teacher), ("real digits", args.real)):
+        if args.weights:
+            inception = (inception_moments(file, args.weights) for file in (path, other))
+            row[f"FID to {name}"] = fid.frechet_distance(*sum(inception, ()))
+        theirs, _ = classified(other, args.classifier)
+        row[f"classifier's distance to {name}"] = fid.frechet_distance(*ours, *theirs)
+    edge = [0, 1, 2, 3, -4, -3, -2, -1]
+    corners = x[:, edge][:, :, edge]  # the four of 4 x 4 pixels: black, in MNIST
+    row["agreement, %"] = 100 * (labels == y).double().mean().item()
+    row["black corners, %"] = 100 * (corners == 0).double().mean().item()
+    return row
+
+
+def print_row(name, seeds, more={}, head=False):
+    """Mean ± standard deviation over the seeds, of which each has a row {column: number}."""
+    if head:
+        columns = ["", *seeds[0], *more]
+        print("|", " | ".join(columns), "|\n" + "|---" * len(columns) + "|")
+    cells = [name]
+    for column in seeds[0]:
+        values = [row[column] for row in seeds]
+        figures = 3 if "error" in column else 1
+        deviation = f" ± {np.std(values, ddof=1):.{figures}f}" if len(values) > 1 else ""
+        cells.append(f"{np.mean(values):.{figures}f}{deviation}")
+    print("|", " | ".join([*cells, *more.values()]), "|", flush=True)
+
+
+def quality(args):
+    for path in args.files:
+        print_row(str(path), [measure(path, args)], head=path == args.files[0])
+
+
+# ---- Students ----
+def command(line):
+    """Run fmd.py. It may not be refused."""
+    with contextlib.redirect_stdout(sys.stderr):
+        code = fmd.main(["--device", "cpu", *line.split()])
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)  # training leaves its own handlers
+    if code:
+        raise SystemExit(code)
+
+
+def newer(path, weights):
+    return path.exists() and path.stat().st_mtime > weights.stat().st_mtime
+
+
+def samples(args, path, weights, flags):
+    """The file that a command of fmd.py writes, kept until the weights change."""
+    if not newer(path, weights) or len(images(path)[0]) != args.count:
+        command(f"{flags} --out {path.parent}")
+    return path
+
+
+@cache
+def reference(count):
+    """Noises of seed 0, their labels, and the teacher's samples φ. Each (count, ...)."""
+    z, y = fmd.noises(0, range(count), SHAPE), torch.arange(count) % NULL
+    return z, y, fmd.many_steps(TEACHER, z, y, GAMMA, NULL, 32)
+
+
+def by_student(weights, z, y):
+    return fmd.one_step(sit.load(weights)[0], z, y, GAMMA)
+
+
+def measure_student(args, folder):
+    """-> the row of the student in a folder. Its endpoint error is the mean of |x - φ| / |φ|."""
+    weights = folder / "student.pt"
+    path = samples(args, folder / "samples.npz", weights, f"--sample {args.count} --ckpt {weights}")
+    z, y, phi = reference(min(256, args.count))
+    error = (by_student(weights, z, y) - phi).flatten(1).norm(dim=1) / phi.flatten(1).norm(dim=1)
+    return measure(path, args) | {"endpoint error": error.mean().item()}
+
+
 def table(args, rows, steps):
-    """Train the students of each row, measure them, print mean ± standard deviation over the seeds.
-    The spread within classes and recall, over the teacher's samples, fall with lost modes."""
-    rows = [row for row in rows if any(words in row[0] for words in args.only)]
+    """Train students by fmd.py, one a row and seed, or go on with their runs. Sample and measure them."""
     steps = args.steps or steps
-    x_true, y = draw(by_teacher(16), args.samples, "truth")
-    h_true, phi = features(x_true), draw(by_teacher(16), args.samples, "paired")[0]
-    print(f"{args.optimizer}, {steps} steps of {args.batch}, {args.seeds} seeds\n\n"
-          "| settings | distance, % | spread | recall | endpoint error | the paper's FID |\n"
-          "|---|---|---|---|---|---|")
-    for name, paper, flags in [("the teacher, other noises", "", None), *rows]:
+    rows = [row for row in rows if any(words in row[0] for words in args.only)]
+    for name, paper, flags in rows:
         found = []
-        for net in [None] if flags is None else students(args, steps, flags):
-            x = draw(by_student(net), args.samples, "paired")[0] if net else phi
-            h = features(x)
-            found.append((distance(h, h_true), spread(h, y) / spread(h_true, y),
-                          fid.precision_recall(h, h_true)[1], relative_error(x, phi)))
-        cells = []
-        for values, digits in zip(np.array(found).T, (1, 2, 2, 3)):  # values: (seeds,)
-            deviation = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
-            cells.append(f"{values.mean():.{digits}f}{deviation}")
-        name += f" (`{flags}`)" if flags else ""
-        print(f"| {name} | {' | '.join(cells)} | {paper} |", flush=True)
-
-
-def guidance(args):
-    print("| γ | the teacher's spread | its label score | student's spread | its label score | "
-          "distance to the teacher at that γ, % |\n|---|---|---|---|---|---|")
-    for gamma in (1.0, 1.25, 1.5, 1.75, 2.0):
-        x_true, y = draw(by_teacher(16, gamma), args.samples, "truth")
-        x, _ = draw(by_student(STUDENT, gamma), args.samples, "student")
-        h_true, h = features(x_true), features(x)
-        unit = spread(h_true, y) if gamma == 1 else unit
-        print(f"| {gamma} | {spread(h_true, y) / unit:.2f} | {label_score(x_true, y).mean():.4f} | "
-              f"{spread(h, y) / unit:.2f} | {label_score(x, y).mean():.4f} | "
-              f"{distance(h, h_true):.2f} |", flush=True)
-
-
-def search(args):
-    y, tries = torch.arange(args.images) % 10, args.tries
-    zs = [noises("search", [f"{i}/{j}" for i in range(args.images)]) for j in range(tries)]
-    def scores(sampler, zs=zs):  # (images, len(zs))
-        return torch.stack([label_score(sampler(z, y), y) for z in zs], 1)
-    def best_of(scores):  # each image's noise with the highest score, by its rollout's score
-        return slow.gather(1, scores.argmax(1, keepdim=True))
-    quick, slow = scores(by_student(STUDENT, 1.0)), scores(by_teacher(16, 1.0))
-    ranks = [values.argsort(1).argsort(1).numpy() for values in (quick, slow)]
-    rho = np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(*ranks)])
-    print(f"{args.images} images of {tries} noises, γ = 1; a score takes 4 evaluations\n"
-          f"rank correlation of one step with 16 Heun steps, mean over the images: {rho:.3f}\n\n"
-          "| noise | rollout | NFE an image | mean label score |\n|---|---|---|---|")
-    for name, steps, nfe, values in (
-            ("the first", 16, 32, slow[:, 0]),
-            ("the first", 32, 64, scores(by_teacher(32, 1.0), zs[:1])),
-            (f"best of {tries} by one step", 16, 32 + 5 * tries, best_of(quick)),
-            (f"best of {tries} by rollouts", 16, 36 * tries, best_of(slow))):
-        print(f"| {name} | Heun {steps} | {nfe} | {values.mean():.4f} |")
+        for seed in range(args.seeds):
+            run = f"--steps {steps} --batch {args.batch} --seed {seed} {flags}"
+            folder = args.out / run.replace("--", "").replace(" ", "-")
+            command(f"{run} --eval-samples 2 --out {folder}")
+            if sit.read_file(folder / "ckpt.pt")["step"] < steps:
+                raise SystemExit(f"{folder}: stopped")
+            found.append(measure_student(args, folder))
+        print_row(f"{name} `{flags}`", found, {"the paper's FID": paper}, head=name == rows[0][0])
 
 
 # ---- Charts ----
-def jump(F, z, delta):
-    return fmd.flow_map(F(z, delta), z, delta)
-
-
-def chart(width, height, columns=1):  # inches
-    from matplotlib.figure import Figure  # draws with Agg; the tables need no matplotlib
-    figure = Figure((width, height), dpi=110, layout="constrained")
-    return figure, figure.subplots(1, columns)
-
-
-def states(u, z, steps):
-    """All states of a Heun rollout, from z to the sample -> (steps + 1, *z.shape)."""
-    calls = []
-    def recorded(x, t):
-        calls.append(x)
-        return u(x, t)
-    end = fmd.rollout(recorded, z, steps)
-    return torch.stack([*calls[::2], end])  # every second call of Heun starts a step
-
-
-def error(args):
-    count = min(64, args.samples)
-    z, y, gamma = noises("error", range(count)), torch.arange(count) % 10, torch.full((count,), 1.5)
-    path = states(partial(fmd.guided, teacher, y=y, gamma=gamma, null=NULL), z, 64)
-    picture, axes = chart(7, 4.2)
-    deltas = torch.arange(1, 17) / 16
-    for name, flags, colour in (("prediction alone", "--correction 0", BLUE), ("both", "", RED)):
-        curves = []
-        for net in students(args, args.steps or 900, flags):
-            F = partial(fmd.average_velocity, partial(fmd.velocity_of, net), y=y, gamma=gamma)
-            maps = [jump(F, z, delta.expand(count)) for delta in deltas]
-            curves.append([relative_error(f, x) for f, x in zip(maps, path[4::4])])
-        curves = np.array(curves)  # (seeds, 16)
-        axes.plot(deltas, curves.mean(0), "o-", color=colour, markersize=4, label=name)
-        axes.fill_between(deltas, curves.min(0), curves.max(0), color=colour, alpha=0.25)
-        print(name, " ".join(f"{value:.3f}" for value in curves.mean(0)))
-    axes.set(xlim=(0, 1.02), ylim=(0, None), xlabel="duration δ", ylabel="relative error",
-             title=f"The student's map against 64 Heun steps; band: {args.seeds} seeds")
-    axes.legend(loc="upper left")
-    picture.savefig(args.pictures / "error.png")
+def chart(args, name, curves, **labels):
+    """curves {label: [(x, values of all seeds)]} -> NAME.png: means, in a band from least to largest."""
+    if args.pictures:
+        from matplotlib.figure import Figure  # draws with Agg
+        figure = Figure((7.5, 4.6), dpi=110, layout="constrained")
+        axes = figure.subplots()
+        for (label, points), colour in zip(curves.items(), ("#c0392b", "#2c5aa0", "#2e8b57")):
+            x, values = zip(*points)
+            axes.plot(x, np.mean(values, 1), "o-", color=colour, label=label)
+            axes.fill_between(x, np.min(values, 1), np.max(values, 1), color=colour, alpha=0.25)
+        axes.set(yscale="log", **labels)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.legend()
+        figure.savefig(args.pictures / f"{name}.png")
 
 
 def speed(args):
-    h_true = features(draw(by_teacher(32), args.samples, "truth")[0])
-    computed = -(-args.samples // fmd.CHUNK) * fmd.CHUNK  # fmd.generate fills the last chunk
-    picture, axes = chart(7, 4.6)
-    print("| | steps | NFE | images/s | distance, % |\n|---|---|---|---|---|")
-    draw(by_student(STUDENT), 1, "warm-up")
-    for name, solver, calls, colour, shift in (  # calls a step: 2 for guidance, times 2 for Heun
-            ("student", "", 1, RED, (6, -13)), ("teacher, Heun", "heun", 4, BLUE, (-18, 6)),
-            ("teacher, Euler", "euler", 2, GREEN, (6, -13))):
-        dots = []
-        for steps in (2, 4, 8, 16, 32) if solver else (1,):
-            sampler = by_teacher(steps, solver=solver) if solver else by_student(STUDENT)
-            clock = time.perf_counter()
-            x, _ = draw(sampler, args.samples, "speed")
-            rate = computed / (time.perf_counter() - clock)
-            dots.append((rate, distance(features(x), h_true)))
-            print(f"| {name} | {steps} | {calls * steps} | {rate:.1f} | {dots[-1][1]:.2f} |")
-            axes.annotate(calls * steps, dots[-1], shift, textcoords="offset points", color=colour)
-        axes.loglog(*zip(*dots), "o-", color=colour, label=name)
-    axes.margins(0.12)
-    axes.set(xlabel="images per second", ylabel="distance to the teacher's samples, %",
-             title="Quality against speed; at the points: network evaluations an image")
-    axes.legend()
-    picture.savefig(args.pictures / "speed.png")
+    """One evaluation against many. With guidance a step of Euler takes 2 network evaluations, one of
+    Heun 4, the last 2. The teacher's file is of Heun 32: that row differs from it by noises alone."""
+    runs = [("student", 1, STUDENT_FILE, "samples.npz", f"--ckpt {STUDENT_FILE} --sample {args.count}")]
+    for solver in ("euler", "heun"):
+        for steps in (2, 4, 8, 16, 32):
+            evaluations = 2 * steps if solver == "euler" else 4 * steps - 2
+            flags = f"--solver {solver} --rollout-steps {steps} --rollout {args.count}"
+            runs.append((f"teacher, {solver}", evaluations, TEACHER_FILE, "rollout.npz", flags))
+    curves = {}
+    for name, evaluations, weights, file, flags in runs:
+        path = args.out / f"{name.split()[-1]}-{evaluations}" / file
+        row = measure(samples(args, path, weights, flags), args)
+        print_row(f"{name}, {evaluations}", [row], head=not curves)
+        column = next(iter(row))
+        curves.setdefault(name, []).append((evaluations, [row[column]]))
+    ticks = [1, 2, 4, 8, 16, 32, 64, 128]
+    chart(args, "speed", curves, xscale="log", xticks=ticks, xticklabels=ticks, ylabel=column,
+          xlabel="network evaluations a sample", title="One evaluation against many")
 
 
-# ---- 2-D points: a teacher in closed form ----
-CENTRES = 2.0 * torch.tensor([[1.0, 0.0], [-0.5, 0.87], [-0.5, -0.87]])
+# ---- Why no data? ----
+def mismatch(args):
+    """The teacher-data mismatch in miniature. One teacher u at γ = 1.5 and one recipe give all students.
+    They differ in the states at which they are trained, and in the equation that holds there.
+
+    F(x, t, δ) is the average velocity over the next δ of the teacher's path that is at x at time t:
+        δ F(x, t, δ) = ∫ u(x_τ, τ) dτ over τ from t - δ to t, with x_t = x and dx_τ/dτ = -u.
+    Its derivative is an equation without an integral. There are two, as the path has two ends.
+
+    `end_moves` (FreeFlow's prediction). x and t stay, and δ grows. The integral grows at its end, where
+    the student itself is after δ:
+        F + δ ∂F/∂δ = u(x + δ F, t - δ).
+    `start_moves` (MeanFlow, arXiv 2505.13447). The end t - δ stays, and t and δ grow together. The start
+    moves back along its path, by dx = -u(x, t) dt, and the integral grows there:
+        F + δ (∂F/∂δ + ∂F/∂t - ∂F/∂x u(x, t)) = u(x, t).
+    In both, the bracket is the derivative of F along a line, which `fmd.duration_derivative` computes.
+
+    Both hold for every x and t. Trained from the prior, t = 1, the first needs no other state. The
+    second ties F(·, t, ·) to F at an earlier time, so it needs states of all times: noised data,
+    x_t = (1 - t) x + t n. The teacher's paths from the prior are right only if these cover them.
+
+    Rows. From the prior: all states are z, at t = 1. At data: three quarters of a batch are noised data
+    with t ~ U(0, 1); the others are z, at t = 1, or nothing would train the map from the prior. All have
+    δ ~ U(0, t). Two controls: states on the teacher's own paths in place of data (the same equation, no
+    mismatch), and the first equation at the same data (another equation, the same mismatch)."""
+    x, y = load_mnist(args.mnist)
+    few = y < 5
+    data = {"own paths": on_paths(min(1000, args.count)),
+            "training digits": noised(x, y),
+            "moved by 4": noised(x, y, 4),
+            "moved by 8": noised(x, y, 8),
+            "only 0 to 4": noised(x[few], y[few])}
+    curves = {}
+    for name, equation, sources in (("end moves, from the prior", end_moves, {"": None}),
+                                    ("start moves, at data", start_moves, data),
+                                    ("end moves, at data", end_moves, data)):
+        for words, source in sources.items():
+            found = []
+            for seed in range(args.seeds):
+                run = f"{name} {words} {args.steps or 900} {args.batch} {seed}"
+                folder = args.out / run.replace(",", "").replace(" ", "-")
+                if not newer(folder / "student.pt", TEACHER_FILE):
+                    distil(args, equation, source, seed, folder)
+                found.append(measure_student(args, folder))
+            print_row(f"{name}: {words}", found, head=not curves)
+            column = next(iter(found[0]))
+            for x_label in [words] if words else data:  # one line for all data, where there are none
+                curves.setdefault(name, []).append((x_label, [row[column] for row in found]))
+    chart(args, "mismatch", curves, ylabel=column, xlabel="data: from fitting to misleading",
+          title="One teacher, distilled at states that it meets less and less")
 
 
-def blobs(x, t):
-    """The exact velocity u(x, t) of three blobs of width 0.3. x (B, 2), t (B,) -> (B, 2)."""
-    t = t[:, None, None]
-    away = x[:, None] - (1 - t) * CENTRES  # (B, 3, 2)
-    variance = (1 - t) ** 2 * 0.09 + t ** 2  # (B, 1, 1)
-    share = (-away.square().sum(2, keepdim=True) / (2 * variance)).softmax(1)  # (B, 3, 1)
-    return (share * (CENTRES + ((1 - t) * 0.09 - t) / variance * away)).sum(1)
+@torch.no_grad()
+def end_moves(F, F_x, u, x, t, delta):
+    """F + δ ∂F/∂δ - u(x + δ F, t - δ): `fmd.prediction`, whose clock starts at t, not 1."""
+    F_dot = fmd.duration_derivative(lambda x, d: F(x, t, d), x, delta, F_x, "fd")
+    return fmd.prediction(F_x, F_dot, lambda x, s: u(x, s - (1 - t)), x, delta)
 
 
-class MLP(torch.nn.Sequential):
-    def forward(self, x, t):
-        return super().forward(torch.cat([x, t[:, None]], 1))
+@torch.no_grad()
+def start_moves(F, F_x, u, x, t, delta):
+    """F + δ (∂F/∂δ + ∂F/∂t - ∂F/∂x u(x, t)) - u(x, t), with t - δ fixed."""
+    u_x = u(x, t)
+
+    def F_on_line(x, d):
+        return F(x - fmd.expand(d - delta, x) * u_x, t + (d - delta), d)
+    F_dot = fmd.duration_derivative(F_on_line, x, delta, F_x, "fd")
+    return F_x + fmd.expand(delta, x) * F_dot - u_x
 
 
-def distil_blobs(steps):
-    """-> F, g. The training loop for a teacher of your own, here without labels."""
-    torch.manual_seed(0)
-    F, g = (MLP(Linear(3, 128), SiLU(), Linear(128, 128), SiLU(), Linear(128, 2))
-            for _ in range(2))
-    optimizer = torch.optim.Adam([*F.parameters(), *g.parameters()], betas=(0.9, 0.99))
-    for step in range(steps):
-        z, delta = torch.randn(192, 2), torch.rand(192)  # for prediction
-        z_c, n, r = torch.randn(64, 2), torch.randn(64, 2), torch.sigmoid(0.8 + torch.randn(64))
-        F_z, F_c = F(z, delta), F(z_c, torch.ones(64))
-        dF = fmd.duration_derivative(F, z, delta)
-        residual_G = fmd.prediction(F_z, dF, blobs, z, delta)
-        residual_N, online_loss = fmd.correction(F_c, blobs, g, z_c, n, r)
-        loss, _ = fmd.student_loss(F_z, residual_G, F_c, residual_N, k=0.5)
-        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, 2 - 2 * step / steps)
-        optimizer.zero_grad()
-        (loss + online_loss).backward()
+def noised(x, y, moved=0):
+    """-> source(count): noised digits, their t and labels. A digit is moved by up to `moved` pixels."""
+    padded = nn.functional.pad(x, [moved] * 4, value=-1)
+
+    def source(count):
+        rows, t = torch.randint(len(x), (count,)), torch.rand(count)
+        corners = torch.randint(2 * moved + 1, (count, 2))
+        data = [padded[i, :, top:top + 28, left:left + 28] for i, (top, left) in zip(rows, corners)]
+        data, n, noise = torch.stack(data), torch.randn(count, *SHAPE), t.view(-1, 1, 1, 1)
+        return (1 - noise) * data + noise * n, t, y[rows]
+    return source
+
+
+def on_paths(count, steps=16):
+    """-> source(count): states on `count` of the teacher's paths, their t and labels."""
+    labels, states = torch.arange(count) % NULL, []
+
+    def u(x, t):
+        states.append(x)
+        return fmd.guided(TEACHER, x, t, labels, GAMMA, NULL)
+    fmd.rollout(u, fmd.noises(2, range(count), SHAPE), steps)
+    starts = torch.stack(states[::2])  # (steps, count, 1, 28, 28): Heun calls u twice a step
+
+    def source(rows):
+        path, step = torch.randint(count, (rows,)), torch.randint(steps, (rows,))
+        return starts[step, path], 1 - step / steps, labels[path]
+    return source
+
+
+def distil(args, equation, source, seed, folder):
+    """Train a student by AdamW, with the rates of fmd.py's preset of 28 -> student.pt."""
+    steps = args.steps or 900
+    torch.manual_seed(seed)
+    net = fmd.start_from(TEACHER, delta=True, gamma=True)
+    optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.99), weight_decay=0)
+    for step in tqdm(range(steps)):
+        p = fmd.prior(args.batch, SHAPE, NULL, (GAMMA, GAMMA))
+        x, t, y = p.z, torch.ones(args.batch), p.y
+        if source:
+            rows = args.batch * 3 // 4
+            x[:rows], t[:rows], y[:rows] = source(rows)
+        delta = t * p.delta
+
+        def F(x, t, delta): return net(x, t, y, delta, p.gamma)
+        def u(x, t): return fmd.guided(TEACHER, x, t, y, p.gamma, NULL)
+
+        F_x = F(x, t, delta)
+        residual = equation(F, F_x.detach(), u, x, t, delta)
+        (F_x * fmd.weighted(residual)).mean().backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1)
+        optimizer.param_groups[0]["lr"] = 1e-3 * fmd.learning_rate(step, steps, 20, 0.3)
         optimizer.step()
-    return F.requires_grad_(False), g.requires_grad_(False)
+        optimizer.zero_grad()
+    folder.mkdir(parents=True, exist_ok=True)
+    file = {"ema": sit.released_names(net.state_dict()), "config": net.config, "gamma": [GAMMA, GAMMA]}
+    sit.write(folder / "student.pt", partial(torch.save, file))
 
 
-def example(args):
-    F, _ = distil_blobs(args.steps or 2000)
-    z = torch.randn(1000, 2)
-    paths, x = states(blobs, z, 100), jump(F, z, torch.ones(1000))
-    median = (x - paths[-1]).norm(dim=1).median().item()
-    print(f"one step against 100 Heun steps: median distance {median:.3f}, blobs of width 0.3")
-    picture, axes = chart(5.4, 5.4)
-    axes.plot(*paths[:, :60].unbind(2), color="lightgrey", linewidth=1)
-    axes.plot(*x.T, ".", color="crimson", markersize=5)
-    axes.set(aspect="equal", xlim=(-3.4, 3.4), ylim=(-3.4, 3.4), xticks=[], yticks=[])
-    picture.savefig(args.pictures / "points.png")
+# ---- Pictures ----
+def picture(args, name, rows):
+    """{label: (10, 1, 28, 28)} -> NAME.png: a row each, its label to the left."""
+    font, left, side = ImageFont.load_default(22), 330, 90
+    canvas = Image.new("L", (left + 10 * side, len(rows) * side), 255)
+    for i, (label, x) in enumerate(rows.items()):
+        ImageDraw.Draw(canvas).text((left - 15, (i + 0.5) * side), label, 0, font, anchor="rm")
+        for j, digit in enumerate(fmd.to_uint8(x)[..., 0].numpy()):
+            canvas.paste(Image.fromarray(digit).resize((84, 84)), (left + j * side, i * side + 3))
+    path = (args.pictures or args.out) / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sit.write(path, partial(canvas.save, format="PNG"))
+    print(path)
 
 
-def figure(args):
-    """The two residuals on points, with a student and a g that have not finished learning."""
-    F, g = distil_blobs(300)
-    samples = jump(F, torch.randn(400, 2), torch.ones(400))
-    teacher_samples = fmd.rollout(blobs, torch.randn(400, 2), 64)
-    picture, (left, right) = chart(10, 4.95, columns=2)
-    for axes, bottom in ((left, 0.5), (right, -0.3)):
-        axes.plot(*teacher_samples.T, ".", color="#c8c8c8", markersize=4)
-        axes.plot(*samples.T, ".", color="#e9b3ac", markersize=4)
-        axes.set(aspect="equal", xticks=[], yticks=[], xlim=(0.7, 3.3), ylim=(bottom, bottom + 2.4))
+def strip(args):
+    """Ten noises by the teacher and by the student. A guided step of Euler takes two evaluations."""
+    z, y, _ = reference(10)
+    rows = {}
+    for steps in (1, 2, 4, 32):
+        x = fmd.many_steps(TEACHER, z, y, GAMMA, NULL, steps, "euler")
+        rows[f"teacher, {2 * steps} evaluations"] = x
+    picture(args, "strip", rows | {"student, 1 evaluation": by_student(STUDENT_FILE, z, y)})
 
-    def label(axes, x, text, shift, colour="black", marker="o"):
-        """A marker at x (1, 2) and a text, centred `shift` printer's points away from it."""
-        axes.plot(*x.T, marker, color=colour)
-        axes.annotate(text, x[0], shift, textcoords="offset points", color=colour, ha="center",
-                      va="center", bbox=dict(color="white", pad=0.5), zorder=3)
 
-    def arrows(axes, x, v, u, v_text, u_text, v_shift, u_shift):
-        """The velocities of student and teacher at x, and from tip to tip their difference."""
-        tails, vectors = torch.cat([x, x, x + u / 4]), torch.cat([v, u, v - u])
-        axes.quiver(*tails.T, *vectors.T, color=[RED, BLUE, "black"], angles="xy",
-                    scale_units="xy", scale=4, width=0.006, zorder=3)
-        label(axes, x + v / 4, v_text, v_shift, RED, marker="")
-        label(axes, x + u / 4, u_text, u_shift, BLUE, marker="")
-
-    z, delta = torch.tensor([[2.2, 2.6]]), torch.tensor([0.5])
-    path = states(blobs, z, 64)[:, 0]
-    curve = jump(F, z.expand(65, 2), torch.linspace(0, 1, 65))
-    left.plot(*path.T, BLUE, *curve.T, RED)
-    f, dF = jump(F, z, delta), fmd.duration_derivative(F, z, delta)
-    u = blobs(f, 1 - delta)
-    v_G = u + fmd.prediction(F(z, delta), dF, blobs, z, delta)
-    arrows(left, f, v_G, u, "$v_G$", "$u(f, 1 - δ)$", (-14, 0), (-40, 0))
-    label(left, z, "$z$, noise: $t = 1$", (0, 14))
-    label(left, f, "$f(z, δ)$", (-28, 0), RED)
-    label(left, path[-1:], "teacher's sample, $t = 0$", (25, -16), BLUE)
-    label(left, curve[-1:], "student's, $f(z, 1)$", (-54, -14), RED)
-    left.set_title("prediction: $Δ_G = v_G - u$ (black), after duration δ")
-
-    n, r = torch.tensor([[1.6, 1.9]]), torch.tensor([0.4])
-    x = samples[(samples - CENTRES[0]).norm(dim=1).argmin()][None]
-    x_r = (1 - r) * x + r * n
-    right.plot(*torch.cat([x, n]).T, color="#888888")
-    arrows(right, x_r, g(x_r, r), blobs(x_r, r), "$v_N$ of $g$", "$u(x_r, r)$", (38, 2), (32, -6))
-    label(right, x, "$x = f(z, 1)$", (-38, 0), RED)
-    label(right, n, "$n$, fresh noise", (0, 14))
-    label(right, x_r, "$x_r$", (-16, 0))
-    right.set_title("correction: $Δ_N = v_N - u$ (black), at a noised sample")
-    picture.savefig(args.pictures / "objectives.png")
+def run(args):
+    """What students make of ten noises, of folders of fmd.py's runs that took more and more steps."""
+    z, y, phi = reference(10)
+    start = fmd.start_from(TEACHER, delta=True, gamma=True)
+    rows = {"student, 0 steps": fmd.one_step(start, z, y, GAMMA)}
+    for folder in args.files:
+        steps = sit.read_file(folder / "ckpt.pt")["step"]
+        rows[f"student, {steps} steps"] = by_student(folder / "student.pt", z, y)
+    picture(args, "run", rows | {"teacher, 126 evaluations": phi})
 
 
 def main(argv=None):
-    findings = {f.__name__: f for f in (error, speed, guidance, search, figure, example)}
-    findings["objectives"] = partial(table, rows=[SETTINGS[i] for i in (2, 3, 6, 13, 14)], steps=900)
-    findings["settings"] = partial(table, rows=SETTINGS, steps=300)
+    findings = {f.__name__: f for f in (digits, classifier, quality, speed, mismatch, strip, run)}
+    findings["objectives"] = partial(table, rows=[SETTINGS[i] for i in (2, 3, 6)], steps=1750)
+    findings["settings"] = partial(table, rows=SETTINGS, steps=900)
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("what", choices=findings)
-    add("--steps", type=int, help="of each student (900; settings 300; example 2000)")
+    add("files", nargs="*", type=Path, help="of digits and quality; folders of run")
+    add("--mnist", metavar="DIR", help="folder with the IDX files (default: download)")
+    add("--part", default="last", choices=("first", "last"), help="of MNIST's training digits")
+    add("--count", type=int, default=10_000, help="digits, or samples of a row")
+    add("--steps", type=int, help="of a training")
     add("--batch", type=int, default=32)
-    add("--optimizer", default="muon", choices=("muon", "adamw"))
     add("--seeds", type=int, default=3)
-    add("--samples", type=int, default=1000)
-    add("--images", type=int, default=100, help="of search")
-    add("--tries", type=int, default=8, help="noises an image, of search")
-    add("--only", nargs="+", default=[""], help="rows of a table with this in their names")
-    add("--out", type=Path, default=Path("out/findings"), help="folder of the students")
-    add("--pictures", type=Path, default=HERE, help="folder of the charts")
+    add("--only", nargs="+", default=[""], help="rows of objectives or settings with this in their names")
+    add("--real", type=Path, default=Path("out/real.npz"))
+    add("--teacher", type=Path, default=Path("out/teacher/rollout.npz"))
+    add("--classifier", type=Path, default=Path("out/classifier.pt"))
+    add("--weights", help="Inception's: a file or `published`; without, FID is left out")
+    add("--out", type=Path, default=Path("out/findings"), help="folder of students and samples")
+    add("--pictures", type=Path, help="folder of charts and pictures")
     args = parser.parse_args(argv)
     findings[args.what](args)
 
