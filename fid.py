@@ -28,12 +28,14 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+
+def interrupted(number, frame):
+    print("fid.py: interrupted", file=sys.stderr)
+    sys.exit(130)
+
+
 if __name__ == "__main__":
-    def interrupted(*_):                                   # torch takes seconds to import
-        print("fid.py: interrupted", file=sys.stderr)
-        os._exit(130)
-    signal.signal(signal.SIGINT, interrupted)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # no C++ stack trace of a lost process
+    signal.signal(signal.SIGINT, interrupted)              # now, because torch takes seconds to import
 
 import numpy as np
 import scipy.linalg
@@ -51,7 +53,10 @@ SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 POOL, SPATIAL = 2048, 17 * 17 * 7                                    # numbers of features
 KEYS = {"fid": ("mu", "sigma", POOL), "sfid": ("mu_s", "sigma_s", SPATIAL)}        # of an .npz
 SUFFIXES = set(".png .jpg .jpeg .jfif .bmp .webp .tif .tiff .ppm .pgm .pbm .pnm".split())
-RANK, LOCAL_RANK, WORLD = 0, 0, 1                          # what join() finds
+RANK, LOCAL_RANK, WORLD = 0, 0, 1
+if dist.is_torchelastic_launched():                                  # by torchrun
+    RANK, LOCAL_RANK = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    WORLD = int(os.environ["WORLD_SIZE"])
 
 
 # ---- 1. The network: torchvision's Inception-v3 with other poolings ------------------------------
@@ -409,35 +414,25 @@ def evaluate(samples, reference=None, metrics=None, device="cpu", batch=None, we
 # ---- 6. Processes and the command line -----------------------------------------------------------
 def join(device):
     """Join torchrun's processes. Return this one's torch.device for "cpu", "cuda" (one GPU each) or
-    "cuda:N". Raises ValueError for a device or for processes that are not there."""
-    global LOCAL_RANK, RANK, WORLD
-    found = [os.environ.get(k, v) for k, v in {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}.items()]
-    local, rank, world = (int(text) if text.isdecimal() else -1 for text in found)
-    if not 0 <= local <= rank < world:
-        raise ValueError(f"LOCAL_RANK, RANK, WORLD_SIZE = {found}: unset them, or use torchrun")
-    name = f"cuda:{local}" if device == "cuda" else device
+    "cuda:N". Raises ValueError for a device that is not there, and for settings of another launcher."""
+    left = os.environ.get("RANK") or "0", os.environ.get("WORLD_SIZE") or "1"
+    if left != ("0", "1") and not dist.is_torchelastic_launched():
+        raise ValueError("RANK={} WORLD_SIZE={} are set, but not by torchrun: unset them".format(*left))
+    name = f"cuda:{LOCAL_RANK}" if device == "cuda" else device
     if name not in ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]:
         raise ValueError(f"--device {device}: must be cpu, cuda or cuda:N of a GPU that is here")
     device = torch.device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():
-        minutes, hours = datetime.timedelta(minutes=3), datetime.timedelta(hours=2)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)       # Python's would wait for C++ here
-        try:
-            store, *_ = next(dist.rendezvous("env://", timeout=minutes))
-        except (RuntimeError, ValueError) as e:
-            raise ValueError(f"RANK={rank}, WORLD_SIZE={world}: use torchrun, or unset both. {e}") from None
-        store.set_timeout(hours)                           # others wait while process 0 works
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=hours, rank=rank, world_size=world, store=store)
+    if WORLD > 1 and not dist.is_initialized():            # hours: others wait for process 0
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                timeout=datetime.timedelta(hours=2))
         if device.type == "cpu":                           # else gloo may abort at exit
             atexit.register(dist.destroy_process_group)
-    LOCAL_RANK, RANK, WORLD = local, rank, world
     return device
 
 
-def main(argv=None):
+def parse(argv):
     parser = argparse.ArgumentParser(prog="fid.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"fid.py: {message}\n")
@@ -451,18 +446,21 @@ def main(argv=None):
     add("--batch", type=int, help="images at a time (default: 128 on CUDA, 16 on a CPU)")
     add("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
-    file, as_json = args.save_stats, vars(args).pop("json")
+    file = args.save_stats
+    if args.batch is not None and args.batch < 1:
+        parser.error(f"--batch {args.batch}: must be at least 1")
+    if file is not None and (Path(file).is_dir() or not os.access(Path(file).parent, os.W_OK)):
+        parser.error(f"--save-stats {file}: not a file in a folder that can be written")
+    return args
+
+
+def main(argv=None):
+    sys.stdout.reconfigure(errors="replace")               # --help holds more than ASCII
+    args = parse(argv)
+    as_json = vars(args).pop("json")
     try:
-        if args.batch is not None and args.batch < 1:
-            raise ValueError(f"--batch {args.batch}: must be at least 1")
-        if file is not None and (Path(file).is_dir() or not os.access(Path(file).parent, os.W_OK)):
-            raise ValueError(f"--save-stats {file}: not a file in a folder that can be written")
         args.device = join(args.device)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         result = evaluate(**vars(args))
-    except KeyboardInterrupt:
-        print("fid.py: interrupted", file=sys.stderr)
-        return 130
     except (ValueError, OSError) as e:
         print("fid.py:", *str(e).split(), file=sys.stderr)           # in one line
         return 2
@@ -478,5 +476,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")               # --help holds more than ASCII
     sys.exit(main())

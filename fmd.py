@@ -56,8 +56,15 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-# DDP's notice about find_unused_parameters (see there) is of no use. torch reads this when it starts.
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+def interrupted(number, frame):
+    print("fmd.py: interrupted", file=sys.stderr)
+    sys.exit(130)
+
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    signal.signal(signal.SIGINT, interrupted)
+    os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # no notice of DDP about find_unused_parameters
 
 import numpy as np
 import torch
@@ -690,9 +697,6 @@ def main(argv):
         sample(s) if s.sample or s.rollout else train(s)
         any_process()  # process 0 may be busy still
         return 0
-    except KeyboardInterrupt:
-        print("fmd.py: interrupted", file=sys.stderr)
-        return 130
     except torch.OutOfMemoryError:
         print("fmd.py: GPU memory is full: lower --batch (samples: CHUNK)", file=sys.stderr)
     except (ValueError, OSError) as e:

@@ -1012,43 +1012,6 @@ def test_bad_input_to_fid_gets_one_line_and_exit_code_2(small, capsys, args, mes
         Image.fromarray(np.zeros((5, 5), np.uint16)).save(f"deep16/{i}.png")
     assert refused(capsys, fid.main, args.split(), message) == ""
 
-BAD_ENVIRONMENT = [
-    ("RANK=1", "RANK, WORLD_SIZE = .'0', '1', '1'.: unset them, or use torchrun"),
-    ("WORLD_SIZE=", "RANK, WORLD_SIZE = .'0', '0', ''.: unset"), ("RANK=", "unset"), ("WORLD_SIZE=two", "unset"),
-    ("RANK=-1 WORLD_SIZE=2", "unset"), ("LOCAL_RANK=1", "unset"), ("WORLD_SIZE=2", "RANK expected, but not set"),
-    ("RANK=0 WORLD_SIZE=2", "RANK=0, WORLD_SIZE=2: use torchrun, or unset both.*MASTER_ADDR expected"),
-    ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=x", "use torchrun, or unset both.*'x'"),
-    ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=0", "unset both.*1/2 clients joined"),
-]
-@pytest.mark.parametrize("environment, message", BAD_ENVIRONMENT)
-def test_fid_started_without_torchrun_is_refused(small, capsys, monkeypatch, environment, message):
-    for pair in environment.split():
-        monkeypatch.setenv(*pair.split("="))
-    wait = []
-    def soon(url, timeout, real=torch.distributed.rendezvous):
-        wait.append(timeout.total_seconds())
-        return real(url, timeout=timeout / 1000)
-    monkeypatch.setattr(torch.distributed, "rendezvous", soon)
-    assert refused(capsys, fid.main, ["array.npz", "other.npz"], message) == ""
-    assert fid.WORLD == 1 and all(60 <= seconds <= 600 for seconds in wait)
-
-def test_ctrl_c_in_fid_is_one_line(small, monkeypatch, capsys):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(fid, "features", interrupt)
-    assert fid.main(["folder", "other.npz"]) == 130
-    assert capsys.readouterr().err == "fid.py: interrupted\n"
-    Path("modules").mkdir()                             # found in place of numpy, before torch
-    Path("modules/numpy.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
-    env = {**os.environ, "PYTHONPATH": "modules"}
-    done = subprocess.run([sys.executable, HERE / "fid.py", "a"], env=env, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (130, "fid.py: interrupted\n")
-
-def test_help_of_fid_in_a_terminal_without_unicode():
-    env = {**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, HERE / "fid.py", "--help"], env=env, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "") and "--save-stats" in done.stdout
-
 def test_two_processes_of_fid_equal_one(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
@@ -1238,19 +1201,46 @@ def test_bad_input_gets_one_line_and_exit_code_2(work, capsys, args, message):
     damage("teacher.pt")
     refused(capsys, fmd.main, ["--teacher", "teacher.pt", *args.split()], message)
 
-@pytest.mark.parametrize("env, message", [
-    ("RANK=1", "RANK=1 WORLD_SIZE=1 are set, but not by torchrun"),
-    ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT=29555", "RANK=0 WORLD_SIZE=2 are set"),
-    ("WORLD_SIZE= PATH=/nowhere CXX=/nowhere", "--compile: .*ompiler.*; use --no-compile"),
-    ("PYTHONIOENCODING=ascii", ""), ("LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0", "")])
-def test_environments(work, env, message):
-    """Left by a cluster; without a compiler, which --compile needs; a terminal without δ: --help."""
-    args = [*SMALL, "--steps", "1", "--compile"] if message else ["--help"]
-    env = {**os.environ, **dict(pair.split("=") for pair in env.split())}
-    done = subprocess.run([sys.executable, HERE / "fmd.py", *args], capture_output=True, env=env, timeout=300)
-    error = done.stderr.decode()
-    assert done.returncode == (2 if message else 0), error
-    assert re.search(message, error) and error.count("\n") == bool(message), error
+LEFT = "are set, but not by torchrun: unset them"
+@pytest.mark.parametrize("main, args", [(fmd.main, SMALL), (fid.main, ["a.npz", "b.npz", "--device", "cpu"])])
+@pytest.mark.parametrize("env", ["RANK=1", "WORLD_SIZE=two", "RANK=-1 WORLD_SIZE=2", "WORLD_SIZE=2",
+                                 "RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=29555"])
+def test_variables_of_another_launcher_are_refused(work, monkeypatch, capsys, main, args, env):
+    """They would mean a part of the work, or hours of waiting for a partner."""
+    for pair in env.split():
+        monkeypatch.setenv(*pair.split("="))
+    refused(capsys, main, args, f"RANK=.* WORLD_SIZE=.* {LEFT}")
+
+def python(script, *args, env):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+    done = subprocess.run([sys.executable, HERE / script, *args], capture_output=True, env=env, timeout=300)
+    return done.returncode, done.stderr.decode()
+
+@pytest.mark.parametrize("script", ["fmd.py", "fid.py"])
+def test_help_in_a_terminal_without_unicode(script):
+    for env in ({"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}):
+        assert python(script, "--help", env=env) == (0, "")
+
+@pytest.mark.parametrize("script", ["fmd.py", "fid.py"])
+def test_ctrl_c_is_one_line(work, script):
+    """While torch is imported; the modules stand in for numpy. Then in the middle of the work."""
+    Path("modules").mkdir()
+    kill = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
+    Path("modules/numpy.py").write_text(kill)
+    assert python(script, "a", env={"PYTHONPATH": "modules"}) == (130, f"{script}: interrupted\n")
+    Path("modules/numpy.py").unlink()
+    source = (HERE / script).read_text()
+    place = "def start_from(teacher, **inputs):\n" if script == "fmd.py" else "def features(net, images):\n"
+    Path(script).write_text(source.replace(place, place + "    os.kill(os.getpid(), signal.SIGINT)\n"))
+    np.savez("a.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8))
+    args = SMALL if script == "fmd.py" else ["a.npz", "a.npz", "--weights", "random", "--metrics", "fid"]
+    code, error = python(Path.cwd() / script, *args, env={"PYTHONPATH": str(HERE)})
+    assert code == 130 and error.endswith(f"{script}: interrupted\n") and "Traceback" not in error
+
+def test_no_compiler_is_one_line(work):
+    env = {"PATH": "/nowhere", "CXX": "/nowhere", "WORLD_SIZE": ""}     # an empty variable is no launcher's
+    code, error = python("fmd.py", *SMALL, "--steps", "1", "--compile", env=env)
+    assert code == 2 and re.fullmatch("fmd.py: --compile: .*ompiler.*; use --no-compile\n", error), error
 
 def test_a_process_count_that_does_not_divide_the_batch(work, monkeypatch, capsys):
     monkeypatch.setattr(fmd, "WORLD", 3)
@@ -1262,14 +1252,6 @@ def test_a_process_count_that_does_not_divide_the_batch(work, monkeypatch, capsy
     with pytest.raises(SystemExit) as e:
         fmd.parse([*args, "--batch", "8"])
     assert e.value.code == 2 and capsys.readouterr().err == ""       # one process complains
-
-@pytest.mark.parametrize("where, args", [("start_from", ["--steps", 2]), ("guided", ["--rollout", 2])])
-def test_ctrl_c_before_the_first_step_or_while_sampling(work, monkeypatch, capsys, where, args):
-    def interrupt(*a, **k):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(fmd, where, interrupt)
-    assert fmd.main([str(a) for a in (*SMALL, *args)]) == 130
-    assert capsys.readouterr().err == "fmd.py: interrupted\n"
 
 def test_notes(work, capsys):
     """What is unusual is said in one line: guidance beyond the training's, the convention and why, ∅."""
@@ -1398,7 +1380,7 @@ def test_what_a_run_refuses_leaves_the_last_checkpoint(work, capsys, monkeypatch
     limits, half = resource.getrlimit(resource.RLIMIT_FSIZE), Path("o/ckpt.pt").stat().st_size // 2
     resource.setrlimit(resource.RLIMIT_FSIZE, (half, limits[1]))    # a full disk: no file grows larger
     try:
-        no([*args, 4], "cannot write o/ckpt.pt", ["o/metrics.jsonl", "o/student.pt"])
+        no([*args, 4], "cannot write o/ckpt.pt", ["o/metrics.jsonl", "o/student.pt", "o/pairs.png"])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     capsys.readouterr()
