@@ -377,7 +377,8 @@ def train(s):
 # How the preset of each --res differs from the defaults below.
 PRESETS = {
     28: dict(teacher="assets/teacher-mnist.pt", steps=1750, batch=32, lr=1e-3, online_lr=1e-3,
-             warmup=20, decay_from=0.3, ema=0.99, derivative="fd", bf16=False, compile=False,
+             alpha=0.5, r_location=0.4, cut=0.5, warmup=20, decay_from=0.3, ema=0.99,
+             derivative="fd", bf16=False, compile=False,
              eval_samples=256, log_every=25, save_every=500),
     256: dict(teacher="SiT-XL/2"),
     512: dict(teacher="SiT-XL/2-512"),
