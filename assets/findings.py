@@ -214,13 +214,14 @@ def table(args, rows, steps):
     for name, paper, flags in rows:
         found = []
         for seed in range(args.seeds):
-            run = f"--steps {steps} --seed {seed} {flags}"
+            run = f"{flags} --steps {steps} --seed {seed}".strip()
             folder = args.out / run.replace("--", "").replace(" ", "-")
             command(f"{run} --eval-samples 2 --out {folder}")
             if sit.read_file(folder / "ckpt.pt")["step"] < steps:
                 raise SystemExit(f"{folder}: stopped")
             found.append(measure_student(args, folder))
-        print_row(f"{name} `{flags}`", found, {"the paper's FID": paper}, head=name == rows[0][0])
+        label = f"{name} `{flags}`" if flags else name
+        print_row(label, found, {"the paper's FID": paper}, head=name == rows[0][0])
 
 
 # ---- Charts ----
@@ -294,7 +295,7 @@ def mismatch(args):
             "moved by 8": noised(x, y, 8),
             "only 0 to 4": noised(x[few], y[few])}
     curves = {}
-    for name, equation, sources in (("end moves, from the prior", end_moves, {"": None}),
+    for name, equation, sources in (("end moves, from the prior", end_moves, {"no data": None}),
                                     ("start moves, at data", start_moves, data),
                                     ("end moves, at data", end_moves, data)):
         for words, source in sources.items():
@@ -307,7 +308,7 @@ def mismatch(args):
                 found.append(measure_student(args, folder))
             print_row(f"{name}: {words}", found, head=not curves)
             column = next(iter(found[0]))
-            for x_label in [words] if words else data:  # one line for all data, where there are none
+            for x_label in [words] if source else data:  # without data, the same for all
                 curves.setdefault(name, []).append((x_label, [row[column] for row in found]))
     chart(args, "mismatch", curves, ylabel=column, xlabel="data: from fitting to misleading",
           title="One teacher, distilled at states that it meets less and less")
