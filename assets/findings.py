@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: MIT
-"""The paper's findings in miniature, on digits: tables, charts and pictures.
+"""The paper's findings in miniature, on digits: tables, charts and pictures. Made once:
 
-What the tables need, made once (--mnist DIR has the IDX files; else they are downloaded):
     python assets/findings.py digits out/real.npz                10,000 of MNIST's digits
-    python assets/findings.py classifier                         train the classifier of digits
+    python assets/findings.py classifier                         a classifier of digits, trained
     python fmd.py --rollout 10000 --seed 1 --out out/teacher     the teacher's samples, of other noises
+
 Tables; with --weights, which names Inception's, they have FID (60 ms an image on a CPU):
+
     python assets/findings.py quality out/28/samples.npz ...     any files of samples
     python assets/findings.py objectives                         prediction, correction, both
     python assets/findings.py settings                           the settings of the paper's Table 1
-Tables with a chart, which needs matplotlib and goes to the folder --pictures, if given:
-    python assets/findings.py speed                              one evaluation against many
-    python assets/findings.py mismatch                           why no data?
-Pictures:
+    python assets/findings.py speed                              one evaluation against many, and a chart
+    python assets/findings.py mismatch                           why no data? And a chart
+
+Charts need matplotlib and --pictures, their folder. Pictures of samples need neither:
+
     python assets/findings.py strip                              digits by 2 to 64 evaluations, and by one
     python assets/findings.py run out/100 out/500 out/28         students of shorter and longer runs
 
@@ -104,10 +106,14 @@ def images(path):
         return torch.from_numpy(file["arr_0"]), torch.from_numpy(file["arr_1"])
 
 
+def newer(path, source):
+    return path.exists() and path.stat().st_mtime > source.stat().st_mtime
+
+
 def inception_moments(path, weights):
     """-> mean and covariance of Inception's features, kept beside the file."""
     kept = path.with_suffix(f".{Path(weights).stem}.npz")
-    if not kept.exists() or kept.stat().st_mtime < path.stat().st_mtime:
+    if not newer(kept, path):
         net, _ = fid.load_inception(None if weights == "published" else weights)
         moments = fid.Moments(fid.POOL)
         for x in tqdm(images(path)[0].split(16), f"Inception, {path}"):
@@ -177,10 +183,6 @@ def command(line):
         raise SystemExit(code)
 
 
-def newer(path, weights):
-    return path.exists() and path.stat().st_mtime > weights.stat().st_mtime
-
-
 def samples(args, path, weights, flags):
     """The file that a command of fmd.py writes, kept until the weights change."""
     if not newer(path, weights) or len(images(path)[0]) != args.count:
@@ -195,16 +197,13 @@ def reference(count):
     return z, y, fmd.many_steps(TEACHER, z, y, GAMMA, NULL, 32)
 
 
-def by_student(weights, z, y):
-    return fmd.one_step(sit.load(weights)[0], z, y, GAMMA)
-
-
 def measure_student(args, folder):
     """-> the row of the student in a folder. Its endpoint error is the mean of |x - φ| / |φ|."""
     weights = folder / "student.pt"
     path = samples(args, folder / "samples.npz", weights, f"--sample {args.count} --ckpt {weights}")
     z, y, phi = reference(min(256, args.count))
-    error = (by_student(weights, z, y) - phi).flatten(1).norm(dim=1) / phi.flatten(1).norm(dim=1)
+    x = fmd.one_step(sit.load(weights)[0], z, y, GAMMA)
+    error = (x - phi).flatten(1).norm(dim=1) / phi.flatten(1).norm(dim=1)
     return measure(path, args) | {"endpoint error": error.mean().item()}
 
 
@@ -215,13 +214,14 @@ def table(args, rows, steps):
     for name, paper, flags in rows:
         found = []
         for seed in range(args.seeds):
-            run = f"--steps {steps} --batch {args.batch} --seed {seed} {flags}"
+            run = f"{flags} --steps {steps} --seed {seed}".strip()
             folder = args.out / run.replace("--", "").replace(" ", "-")
             command(f"{run} --eval-samples 2 --out {folder}")
             if sit.read_file(folder / "ckpt.pt")["step"] < steps:
                 raise SystemExit(f"{folder}: stopped")
             found.append(measure_student(args, folder))
-        print_row(f"{name} `{flags}`", found, {"the paper's FID": paper}, head=name == rows[0][0])
+        label = f"{name} `{flags}`" if flags else name
+        print_row(label, found, {"the paper's FID": paper}, head=name == rows[0][0])
 
 
 # ---- Charts ----
@@ -272,22 +272,21 @@ def mismatch(args):
         δ F(x, t, δ) = ∫ u(x_τ, τ) dτ over τ from t - δ to t, with x_t = x and dx_τ/dτ = -u.
     Its derivative is an equation without an integral. There are two, as the path has two ends.
 
-    `end_moves` (FreeFlow's prediction). x and t stay, and δ grows. The integral grows at its end, where
-    the student itself is after δ:
+    The end moves: FreeFlow's prediction. x and t stay, and δ grows. The integral grows where the path
+    is after δ, which is the student's own state:
         F + δ ∂F/∂δ = u(x + δ F, t - δ).
-    `start_moves` (MeanFlow, arXiv 2505.13447). The end t - δ stays, and t and δ grow together. The start
-    moves back along its path, by dx = -u(x, t) dt, and the integral grows there:
+    The start moves: MeanFlow (arXiv 2505.13447). The end t - δ stays, and t and δ grow. The start goes
+    back along its path, by dx = -u(x, t) dt, and the integral grows there:
         F + δ (∂F/∂δ + ∂F/∂t - ∂F/∂x u(x, t)) = u(x, t).
-    In both, the bracket is the derivative of F along a line, which `fmd.duration_derivative` computes.
+    Both derivatives are along a line, so `fmd.duration_derivative` computes both.
 
-    Both hold for every x and t. Trained from the prior, t = 1, the first needs no other state. The
-    second ties F(·, t, ·) to F at an earlier time, so it needs states of all times: noised data,
-    x_t = (1 - t) x + t n. The teacher's paths from the prior are right only if these cover them.
+    Both hold at all x and t. The first, at t = 1, needs no other states. The second ties F at time t to
+    F at earlier times, so it needs states in between: noised data (1 - t) x + t n. They help as far as
+    the teacher's paths from the prior pass there.
 
-    Rows. From the prior: all states are z, at t = 1. At data: three quarters of a batch are noised data
-    with t ~ U(0, 1); the others are z, at t = 1, or nothing would train the map from the prior. All have
-    δ ~ U(0, t). Two controls: states on the teacher's own paths in place of data (the same equation, no
-    mismatch), and the first equation at the same data (another equation, the same mismatch)."""
+    From the prior: all states are z, at t = 1. At data: three quarters of the batch are noised data,
+    t ~ U(0, 1); the rest is z, at t = 1, or nothing would train the map from the prior. Two controls:
+    states on the teacher's own paths in place of data, and the first equation at the same data."""
     x, y = load_mnist(args.mnist)
     few = y < 5
     data = {"own paths": on_paths(min(1000, args.count)),
@@ -296,20 +295,20 @@ def mismatch(args):
             "moved by 8": noised(x, y, 8),
             "only 0 to 4": noised(x[few], y[few])}
     curves = {}
-    for name, equation, sources in (("end moves, from the prior", end_moves, {"": None}),
+    for name, equation, sources in (("end moves, from the prior", end_moves, {"no data": None}),
                                     ("start moves, at data", start_moves, data),
                                     ("end moves, at data", end_moves, data)):
         for words, source in sources.items():
             found = []
             for seed in range(args.seeds):
-                run = f"{name} {words} {args.steps or 900} {args.batch} {seed}"
+                run = f"{name} {words} {args.steps or 900} {seed}"
                 folder = args.out / run.replace(",", "").replace(" ", "-")
                 if not newer(folder / "student.pt", TEACHER_FILE):
                     distil(args, equation, source, seed, folder)
                 found.append(measure_student(args, folder))
             print_row(f"{name}: {words}", found, head=not curves)
             column = next(iter(found[0]))
-            for x_label in [words] if words else data:  # one line for all data, where there are none
+            for x_label in [words] if source else data:  # without data, the same for all
                 curves.setdefault(name, []).append((x_label, [row[column] for row in found]))
     chart(args, "mismatch", curves, ylabel=column, xlabel="data: from fitting to misleading",
           title="One teacher, distilled at states that it meets less and less")
@@ -341,8 +340,7 @@ def noised(x, y, moved=0):
         rows, t = torch.randint(len(x), (count,)), torch.rand(count)
         corners = torch.randint(2 * moved + 1, (count, 2))
         data = [padded[i, :, top:top + 28, left:left + 28] for i, (top, left) in zip(rows, corners)]
-        data, n, noise = torch.stack(data), torch.randn(count, *SHAPE), t.view(-1, 1, 1, 1)
-        return (1 - noise) * data + noise * n, t, y[rows]
+        return torch.stack(data).lerp(torch.randn(count, *SHAPE), t.view(-1, 1, 1, 1)), t, y[rows]
     return source
 
 
@@ -363,22 +361,20 @@ def on_paths(count, steps=16):
 
 
 def distil(args, equation, source, seed, folder):
-    """Train a student by AdamW, with the rates of fmd.py's preset of 28 -> student.pt."""
+    """Train a student with the batch, optimiser and rates of fmd.py's preset of 28 -> student.pt."""
     steps = args.steps or 900
     torch.manual_seed(seed)
     net = fmd.start_from(TEACHER, delta=True, gamma=True)
     optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.99), weight_decay=0)
     for step in tqdm(range(steps)):
-        p = fmd.prior(args.batch, SHAPE, NULL, (GAMMA, GAMMA))
-        x, t, y = p.z, torch.ones(args.batch), p.y
+        p = fmd.prior(32, SHAPE, NULL, (GAMMA, GAMMA))
+        x, t, y = p.z, torch.ones(32), p.y
         if source:
-            rows = args.batch * 3 // 4
-            x[:rows], t[:rows], y[:rows] = source(rows)
+            x[:24], t[:24], y[:24] = source(24)
         delta = t * p.delta
 
         def F(x, t, delta): return net(x, t, y, delta, p.gamma)
         def u(x, t): return fmd.guided(TEACHER, x, t, y, p.gamma, NULL)
-
         F_x = F(x, t, delta)
         residual = equation(F, F_x.detach(), u, x, t, delta)
         (F_x * fmd.weighted(residual)).mean().backward()
@@ -409,21 +405,19 @@ def picture(args, name, rows):
 def strip(args):
     """Ten noises by the teacher and by the student. A guided step of Euler takes two evaluations."""
     z, y, _ = reference(10)
-    rows = {}
-    for steps in (1, 2, 4, 32):
-        x = fmd.many_steps(TEACHER, z, y, GAMMA, NULL, steps, "euler")
-        rows[f"teacher, {2 * steps} evaluations"] = x
-    picture(args, "strip", rows | {"student, 1 evaluation": by_student(STUDENT_FILE, z, y)})
+    rows = {f"teacher, {2 * steps} evaluations": fmd.many_steps(TEACHER, z, y, GAMMA, NULL, steps, "euler")
+            for steps in (1, 2, 4, 32)}
+    student = sit.load(STUDENT_FILE)[0]
+    picture(args, "strip", rows | {"student, 1 evaluation": fmd.one_step(student, z, y, GAMMA)})
 
 
 def run(args):
-    """What students make of ten noises, of folders of fmd.py's runs that took more and more steps."""
+    """Ten noises by the students in folders of fmd.py's runs, which took more and more steps."""
     z, y, phi = reference(10)
-    start = fmd.start_from(TEACHER, delta=True, gamma=True)
-    rows = {"student, 0 steps": fmd.one_step(start, z, y, GAMMA)}
+    students = {0: fmd.start_from(TEACHER, delta=True, gamma=True)}
     for folder in args.files:
-        steps = sit.read_file(folder / "ckpt.pt")["step"]
-        rows[f"student, {steps} steps"] = by_student(folder / "student.pt", z, y)
+        students[sit.read_file(folder / "ckpt.pt")["step"]] = sit.load(folder / "student.pt")[0]
+    rows = {f"student, {step} steps": fmd.one_step(net, z, y, GAMMA) for step, net in students.items()}
     picture(args, "run", rows | {"teacher, 126 evaluations": phi})
 
 
@@ -440,7 +434,6 @@ def main(argv=None):
     add("--part", default="last", choices=("first", "last"), help="of MNIST's training digits")
     add("--count", type=int, default=10_000, help="digits, or samples of a row")
     add("--steps", type=int, help="of a training")
-    add("--batch", type=int, default=32)
     add("--seeds", type=int, default=3)
     add("--only", nargs="+", default=[""], help="rows of objectives or settings with this in their names")
     add("--real", type=Path, default=Path("out/real.npz"))
