@@ -189,8 +189,8 @@ def prediction(F_z, F_dot, u, z, delta):
 
 def correction(F_z, u, g, z, n, r):
     """Correction (paper, Eq. 10 and 11) -> the residual Δ_N = v_N - u(x_r, r), like z; g's loss.
-    v_N is the velocity of the flow that noises the student's samples. It has no formula: g learns it
-    by flow matching on these samples. Δ_N is r / (1 - r) times the student's score minus the
+    v_N is the velocity of the flow that noises the student's samples. It has no formula: g learns
+    it by flow matching on these samples. Δ_N is r / (1 - r) times the student's score minus the
     teacher's, both at noise r. Moving samples along -Δ_N lowers the KL divergence of the noised
     distributions (exactly so at γ = 1). F_z = F(z, 1), z, n (B, ...); r (B,); u(x, t), g(x, t).
     To copy: g starts from the teacher's weights; it is trained by this loss, and by nothing else."""
@@ -346,8 +346,9 @@ def train(s):
         saving = last or stopping or done % s.save_every == 0
         if saving or done % s.log_every == 0:
             if not totals.isfinite().all():
-                raise ValueError(f"step {done}: gradient not finite; the last checkpoint stands. Repeat "
-                                 "the command with another --seed, for other draws, or a lower --lr")
+                raise ValueError(
+                    f"step {done}: gradient not finite; the last checkpoint stands. Repeat "
+                    "the command with another --seed, for other draws, or a lower --lr")
             means = [mean_of_all(total / (done - clock_step)).item() for total in totals]
             images = s.batch * (done - clock_step)
             line = dict(zip(TERMS, means), step=done, lr=s.lr * rate,
@@ -407,7 +408,8 @@ def parse(argv):
         parser.add_argument(flag, default=default, type=type, help=help, **more)
 
     switch = argparse.BooleanOptionalAction
-    add("--res", 28, "28: pixels of any size; 256, 512: latents. Sets defaults", int, choices=PRESETS)
+    add("--res", 28, "28: pixels of any size; 256, 512: latents; sets defaults", int,
+        choices=PRESETS)
     add("--teacher", "SiT-XL/2", "file, name in sit.RELEASED or URL")
     add("--vae", "sd-vae-ft-ema", "decoder of the latents, likewise")
     add("--convention", None, "clock and sign, if the file is not right", choices=("sit", "repa"))
@@ -477,8 +479,8 @@ def parse(argv):
     divisor = math.gcd(s.rows_c, s.batch - s.rows_c)
     if divisor % WORLD and not (s.sample or s.rollout):
         fits = [n for n in range(1, divisor + 1) if divisor % n == 0]
-        parser.error(f"--batch {s.batch}: {WORLD} processes cannot share {s.batch - s.rows_c} rows of "
-                     f"prediction and {s.rows_c} of correction; {fits} can")
+        parser.error(f"--batch {s.batch}: {WORLD} processes cannot share {s.batch - s.rows_c} rows "
+                     f"of prediction and {s.rows_c} of correction; {fits} can")
     s.folder = Path(s.out or f"out/{s.res}")
     return s
 
