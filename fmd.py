@@ -252,16 +252,14 @@ def train(s):
     groups = [{"params": student.parameters()}, {"params": g.parameters()}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0, fused=True)
 
-    # ---- Resume.
+    # ---- Resume. A checkpoint has the parts, and the settings that it was made with.
     parts = {"student": student, "online": g, "ema": ema, "optimizer": optimizer}
-    run = {name: getattr(s, name) for name in FIXED + FREE} | {"teacher": sit.checksum(teacher)}
-    first, log = resume(s, parts, run)
+    settings = {name: getattr(s, name) for name in FIXED + FREE}
+    settings["teacher"] = sit.checksum(teacher)
+    first, log = resume(s, parts, settings)
     print(f"{vars(s)}\nfrom step {first}")
 
     # ---- Memory and compilation, block by block: DDP and checkpointing stay outside of the graphs.
-    if s.checkpointing is None:  # SiT-XL/2: 64 rows at 256 fit 80 GB
-        tokens = s.batch // WORLD * teacher.pos_embed.shape[1]
-        s.checkpointing = device.type == "cuda" and tokens > 64 * 256
     student.checkpointing = g.checkpointing = s.checkpointing
     derivative = duration_derivative
     if s.compile:
@@ -367,11 +365,10 @@ def train(s):
             totals.zero_()
             clock, clock_step = time.perf_counter(), done
         if saving and RANK == 0:
-            save(s, parts, run, done, log)
+            save(s, parts, settings, done, log)
         if stopping:
             return print(f"saved after step {done}; repeat the command to go on")
-    again = ["python", "fmd.py", "--res", str(s.res), "--sample", "100", "--out", str(s.folder)]
-    print("next:", shlex.join(again))
+    print(f"next: python fmd.py --res {s.res} --sample 100 --out {shlex.quote(str(s.folder))}")
 
 
 # ---- 6. Settings. [paper] marks the paper's values; the others, and the presets, are ours ----
@@ -382,7 +379,7 @@ PRESETS = {
              derivative="fd", bf16=False, compile=False,
              eval_samples=256, log_every=25, save_every=500),
     256: dict(teacher="SiT-XL/2"),
-    512: dict(teacher="SiT-XL/2-512"),
+    512: dict(teacher="SiT-XL/2-512", checkpointing=True),
 }
 # The log's means over the steps since its last line.
 TERMS = ("prediction", "correction", "online", "lambda", "student_norm", "online_norm")
@@ -436,7 +433,7 @@ def parse(argv):
     add("--seed", 0, "of every draw", int)
     add("--bf16", GPU, "networks compute in bfloat16", action=switch)
     add("--compile", GPU, "torch.compile the blocks and the derivative", action=switch)
-    add("--checkpointing", None, "recompute activations (default: if need be)", action=switch)
+    add("--checkpointing", False, "recompute activations, to save memory", action=switch)
     # Housekeeping.
     add("--log-every", 50, "steps between lines of the log", int)
     add("--save-every", 5000, "steps between checkpoints and endpoint errors", int)
@@ -565,17 +562,17 @@ def start_from(teacher, **inputs):
     return net.to(teacher.pos_embed.device)
 
 
-def save(s, parts, run, step, log):
+def save(s, parts, settings, step, log):
     """student.pt, in the names of the released files; and ckpt.pt, which has the rest as well."""
     ema = parts["ema"]
     file = {"ema": sit.released_names(ema.state_dict()), "config": ema.config, "gamma": s.gamma}
     sit.write(s.folder / "student.pt", partial(torch.save, file))
     file |= {name: part.state_dict() for name, part in parts.items()}
-    file |= {"run": run, "step": step, "log_size": log.tell()}
+    file |= {"settings": settings, "step": step, "log_size": log.tell()}
     sit.write(s.folder / "ckpt.pt", partial(torch.save, file))
 
 
-def resume(s, parts, run):
+def resume(s, parts, settings):
     """Load ckpt.pt, if there is one, into the parts -> its step; the log, cut to it (process 0). Raises
     ValueError if it is of another run, or if another process is at work in the folder."""
     s.folder.mkdir(parents=True, exist_ok=True)
@@ -591,7 +588,8 @@ def resume(s, parts, run):
         file = sit.read_file(path)
         try:
             step, log_size = file["step"], file["log_size"]
-            changed = {name: value for name, value in file["run"].items() if value != run[name]}
+            changed = {name: value for name, value in file["settings"].items()
+                       if value != settings[name]}
             if changed.keys() - FREE or step > s.steps:
                 raise ValueError(f"it has {changed} and {step} steps; give these, or another --out")
             for name, part in parts.items():
@@ -701,7 +699,8 @@ def main(argv):
         any_process()  # process 0 may be busy still
         return 0
     except torch.OutOfMemoryError:
-        print("fmd.py: GPU memory is full: lower --batch (samples: CHUNK)", file=sys.stderr)
+        print("fmd.py: GPU memory is full: give --checkpointing, a lower --batch or more "
+              "processes (samples: a lower CHUNK)", file=sys.stderr)
     except (ValueError, OSError) as e:
         print(f"fmd.py: {e}", file=sys.stderr)
     except torch._dynamo.exc.BackendCompilerFailed as e:  # for example, there is no C++ compiler
