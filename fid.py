@@ -455,7 +455,8 @@ def parse(argv):
 
 
 def main(argv=None):
-    sys.stdout.reconfigure(errors="replace")               # --help holds more than ASCII
+    if sys.stdout:                                          # None after >&-
+        sys.stdout.reconfigure(errors="replace")            # --help holds more than ASCII
     args = parse(argv)
     as_json = vars(args).pop("json")
     try:

@@ -318,7 +318,10 @@ def read_file(path):
     with open(path, "rb") as file:
         start = file.read(16)
     try:
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+        whole = zipfile.is_zipfile(path)
+        if not whole and start[:1] != b"\x80":          # nor torch's older format
+            raise ValueError("it ends early" if start[:2] == b"PK" else "neither zip nor pickle")
+        if whole and zipfile.ZipFile(path).testzip():
             raise ValueError("damaged: a checksum is wrong")            # torch.load compares none
         with torch.serialization.safe_globals([argparse.Namespace]):    # SiT saves its flags
             return torch.load(str(path), map_location="cpu", weights_only=True)
@@ -441,7 +444,9 @@ def load(path, heads=None, convention=None):
         if convention not in ("sit", "repa"):
             raise ValueError(f"convention {convention} is neither sit nor repa")
         net = from_state_dict(state, heads or file.get("config", {}).get("heads"), convention)
-        if getattr(file.get("args"), "num_classes", None) == net.config["classes"] + 1:
+        flags = file.get("args")
+        flags = flags if isinstance(flags, dict) else getattr(flags, "__dict__", {})
+        if flags.get("num_classes") == net.config["classes"] + 1:
             raise ValueError("no null class: trained without label dropout, it cannot be guided")
         info = {k: v for k, v in file.items() if entries and v is not state}
         return net, info | {"why": why}
