@@ -684,9 +684,9 @@ def sample(s):
 
 # ---- 10. The command line ----
 def main(argv):
-    if RANK > 0 or sys.stdout is None:  # process 0 speaks for all; >&- closes
-        sys.stdout = open(os.devnull, "w")
-    for stream in filter(None, (sys.stdout, sys.stderr)):
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")  # process 0 speaks for all
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed, as by >&-
         stream.reconfigure(errors="backslashreplace")  # a terminal may have no δ
     # Raised inside torch by the first JVP, and of no use to a reader of the log.
     warnings.filterwarnings("ignore", message=".*torch.jit.script.*is deprecated")

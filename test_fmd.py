@@ -1098,6 +1098,7 @@ def test_main_job_writes_what_it_promises_and_samples_by_the_authors_rule(work, 
     with pytest.raises(SystemExit):
         fmd.parse(["--help"])                           # shows the defaults of 28
     assert "optimiser steps [paper] (1750)" in capsys.readouterr().out
+    assert fmd.parse(["--res", "512"]).checkpointing and not fmd.parse(["--res", "256"]).checkpointing
     assert sorted(os.listdir("o")) == ["ckpt.pt", "metrics.jsonl", "pairs.png", "student.pt"]
     for term in ("prediction", "correction", "online", "lambda", "student_norm", "images_per_s", "lr"):
         assert len(logged("o", term)) == 4
@@ -1152,6 +1153,8 @@ def test_sampling_computes_what_was_asked_for(work, monkeypatch, count):
     monkeypatch.setattr(fmd, "one_step", lambda net, z, *a: rows.append(len(z)) or real(net, z, *a))
     run(*FROM_TEACHER, "--ckpt", "student.pt", "--sample", count)
     assert sum(rows) == count and max(rows) <= 4
+    rows.clear()                                        # a folder that cannot be written is found first
+    assert fmd.main([*FROM_TEACHER, *"--ckpt student.pt --sample 9 --out /proc/self".split()]) == 2 and not rows
     assert len(np.load("out/28/samples.npz")["arr_0"]) == count
 
 @pytest.mark.parametrize("solver", ["euler", "heun"])
@@ -1249,6 +1252,13 @@ def test_ctrl_c_is_one_line(work, script):
     args = SMALL if script == "fmd.py" else ["a.npz", "a.npz", "--weights", "random", "--metrics", "fid"]
     code, error = python(Path.cwd() / script, *args, env={"PYTHONPATH": str(HERE)})
     assert code == 130 and error.endswith(f"{script}: interrupted\n") and "Traceback" not in error
+
+def test_closed_output_and_a_folder_with_a_space(work, capsys):
+    command = shlex.join([sys.executable, str(HERE / "fmd.py"), *SMALL, "--steps", "1"])
+    closed = subprocess.run(f"{command} >&-", shell=True, capture_output=True)
+    assert closed.returncode == 0 and b"Traceback" not in closed.stderr
+    run(*SMALL, "--steps", 1, "--out", "a b")
+    assert "--sample 100 --out 'a b'\n" in capsys.readouterr().out
 
 def test_no_compiler_is_one_line(work):
     env = {"PATH": "/nowhere", "CXX": "/nowhere", "WORLD_SIZE": ""}     # an empty variable is no launcher's
@@ -1525,6 +1535,7 @@ def test_compiled_step_is_static_and_equal(work, world, extra):
     assert len(graphs) == 20 and len(set(graphs)) == 1, done.stdout[-2000:]
     assert 0 < int(graphs[0]) <= 6 if "compile" in extra else graphs[0] == "0"
     assert "bf16" in extra or apart("plain", "other") < 1e-5
+    assert "deprecated" not in done.stderr              # torch.jit's, of the first JVP
 
 def test_bfloat16_keeps_the_direction_of_the_gradients(work, monkeypatch):
     """Cosine of w Δ_G and w Δ_N, bf16 against float32; student and g of a short training."""
