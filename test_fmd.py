@@ -1590,6 +1590,14 @@ def test_findings_in_miniature(tmp_path, monkeypatch, capsys):
     findings.main([*"objectives --steps 2 --count 12 --seeds 1".split(), *files])
     assert len(re.findall(r"^\| (?:prediction|correction|both)", capsys.readouterr().out, re.M)) == 3
 
+def test_benchmark_in_miniature(work, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(HERE / "assets")
+    import benchmark
+    benchmark.main("--batch 4 --rounds 1 -- --device cpu".split())
+    shares = re.findall(r"^(whole step|optimiser|derivative) .* ([\d.]+)% of a step", capsys.readouterr().out, re.M)
+    assert [name for name, _ in shares] == 2 * ["derivative", "optimiser", "whole step"]
+    assert all((float(share) == 100) == (name == "whole step") for name, share in shares)
+
 README = (HERE / "README.md").read_text()
 def test_the_readmes_unet_example(tmp_path, monkeypatch):
     """The README's loop distils a tiny UNet of the opposite clock; the block runs as it stands."""

@@ -95,10 +95,10 @@ def measure(flags, steps):
     """Train by fmd.py -> [{part: seconds}] of the steps, the student's config, the settings."""
     s, watch, student, start = fmd.parse(flags), Stopwatch(), None, 0
 
-    def resume(s, parts, run):                  # train calls it once, with its networks
+    def resume(s, parts, settings):             # train calls it once, with its networks
         nonlocal student
         student = parts["student"]
-        return real_resume(s, parts, run)
+        return real_resume(s, parts, settings)
 
     def learning_rate(*args):                   # train calls it once a step
         nonlocal start
@@ -126,7 +126,7 @@ def measure(flags, steps):
     replaced = [(owner, name, watch.timed(part, getattr(owner, name)))
                 for part, (owner, name) in parts.items()]
     replaced += [(fmd, "resume", resume), (fmd, "learning_rate", learning_rate), (torch, "compile", compile),
-                 (fmd, "in_chunks", lambda sampler, z, y: z)]       # no samples for evaluation
+                 (fmd, "many_steps", lambda net, z, *more, **flags: z)]     # no samples for evaluation
     with contextlib.ExitStack() as stack:
         for owner, name, function in replaced:
             stack.enter_context(mock.patch.object(owner, name, function))
