@@ -235,6 +235,10 @@ def student_loss(F_p, residual_p, F_c, residual_c, k=1.0, alpha=1.0, mean=torch.
 
 
 # ---- 5. The training loop ----
+# What the log has of each step, as means over the steps since its last line.
+TERMS = ("prediction", "correction", "online", "lambda", "student_norm", "online_norm")
+
+
 def train(s):
     """Distil. s: the settings of section 6. Writes student.pt, ckpt.pt, metrics.jsonl and pairs.png
     to s.folder. The same command, repeated, goes on from ckpt.pt."""
@@ -339,9 +343,8 @@ def train(s):
         totals += torch.stack([mean_square(residual_p), mean_square(residual_c),
                                online_loss.detach(), lam, student_norm, online_norm])
         done = step + 1
-        last = done == s.steps
         stopping = any_process(stopped or WORLD > 1 and os.getppid() != launcher)
-        saving = last or stopping or done % s.save_every == 0
+        saving = stopping or done == s.steps or done % s.save_every == 0
         if saving or done % s.log_every == 0:
             if not totals.isfinite().all():
                 raise ValueError(
@@ -375,14 +378,12 @@ def train(s):
 # How the preset of each --res differs from the defaults below.
 PRESETS = {
     28: dict(teacher="assets/teacher-mnist.pt", steps=1750, batch=32, lr=1e-3, online_lr=1e-3,
-             alpha=0.5, r_location=0.4, cut=0.5, warmup=20, decay_from=0.3, ema=0.99,
+             alpha=0.5, r_location=0.4, cut=1.0, warmup=20, decay_from=0.3, ema=0.99,
              derivative="fd", bf16=False, compile=False,
              eval_samples=256, log_every=25, save_every=500),
     256: dict(teacher="SiT-XL/2"),
     512: dict(teacher="SiT-XL/2-512", checkpointing=True),
 }
-# The log's means over the steps since its last line.
-TERMS = ("prediction", "correction", "online", "lambda", "student_norm", "online_norm")
 # A run resumes only with the same values of FIXED. It prints which of FREE differ.
 FIXED = """res convention batch correction k alpha gamma interval cut r_location r_scale derivative
 warmup decay_from ema bf16""".split()
@@ -391,6 +392,7 @@ FREE = ["steps", "lr", "online_lr", "seed"]
 
 def parse(argv):
     """The command line -> a namespace of settings. Bad input exits with one line and code 2."""
+    # --res is read first: it chooses the defaults of the other flags.
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--res", type=int, default=28)
     preset = PRESETS.get(first.parse_known_args(argv)[0].res, {})
