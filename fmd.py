@@ -461,7 +461,8 @@ def parse(argv):
 
     limit(1, 1e9, "steps", "batch", "log_every", "save_every", "eval_samples", "sample", "rollout",
           "rollout_steps")
-    limit(0, 1e9, "k", "alpha", "gamma", "r_scale", "lr", "online_lr", "warmup", "seed", "guidance")
+    limit(0, 1e9, "k", "alpha", "gamma", "r_scale", "lr", "online_lr", "warmup", "guidance")
+    limit(0, 2 ** 63 - 1, "seed")
     limit(-1e9, 1e9, "r_location")
     limit(0, 1, "correction", "interval", "cut", "decay_from", "ema")
     for name, (low, high) in {"gamma": s.gamma, "interval": s.interval}.items():

@@ -294,12 +294,13 @@ def mismatch(args):
             "moved by 8": noised(x, y, 8),
             "only 0 to 4": noised(x[few], y[few])}
     curves = {}
-    for name, equation, sources in (("end moves, from the prior", end_moves, {"no data": None}),
-                                    ("start moves, at data", start_moves, data),
-                                    ("end moves, at data", end_moves, data)):
+    students = [("end moves, from the prior", end_moves, {"no data": None}, args.seeds),
+                ("start moves, at data", start_moves, data, args.seeds),
+                ("end moves, at data", end_moves, data, 1)]
+    for name, equation, sources, seeds in students:
         for words, source in sources.items():
             found = []
-            for seed in range(args.seeds):
+            for seed in range(seeds):
                 run = f"{name} {words} {args.steps or 900} {seed}"
                 folder = args.out / run.replace(",", "").replace(" ", "-")
                 if not newer(folder / "student.pt", TEACHER_FILE):
