@@ -414,7 +414,8 @@ def test_hostile_and_damaged_files_are_refused(tmp_path, monkeypatch):
     damage("whole.pt")
     Path("pickle.pt").write_bytes(pickle.dumps(Bomb()))
     assert sit.load("whole.pt")
-    true = {"bomb": "a Python object, posix.system; save tensors alone", "page": "neither zip nor pickle; .*DOCTYPE",
+    true = {"bomb": "a Python object, posix.system; save tensors alone",
+            "page": "neither zip nor pickle; .*DOCTYPE",
             "nowhere": "no such file", "no-null-2": "no null class",
             "missing": "4 keys are missing .*fc1", "extra": "1 unexpected .*more", "two": "2 do",
             "no-null": "no null class", "cut": "it ends early", "flipped": "a checksum is wrong",
@@ -1154,7 +1155,8 @@ def test_sampling_computes_what_was_asked_for(work, monkeypatch, count):
     run(*FROM_TEACHER, "--ckpt", "student.pt", "--sample", count)
     assert sum(rows) == count and max(rows) <= 4
     rows.clear()                                        # a folder that cannot be written is found first
-    assert fmd.main([*FROM_TEACHER, *"--ckpt student.pt --sample 9 --out /proc/self".split()]) == 2 and not rows
+    unwritable = "--ckpt student.pt --sample 9 --out /proc/self".split()
+    assert fmd.main([*FROM_TEACHER, *unwritable]) == 2 and not rows
     assert len(np.load("out/28/samples.npz")["arr_0"]) == count
 
 @pytest.mark.parametrize("solver", ["euler", "heun"])
@@ -1590,11 +1592,29 @@ def test_findings_in_miniature(tmp_path, monkeypatch, capsys):
     findings.main([*"objectives --steps 2 --count 12 --seeds 1".split(), *files])
     assert len(re.findall(r"^\| (?:prediction|correction|both)", capsys.readouterr().out, re.M)) == 3
 
+def test_both_equations_of_the_mismatch_hold_on_exact_paths(batch, monkeypatch):
+    """The average velocity of paths of the Gaussian, from any state and time: no residual but that of fd."""
+    monkeypatch.syspath_prepend(HERE / "assets")
+    import findings
+    (x, delta, _, r), spread = batch, lambda t: ((1 - t) ** 2 * S ** 2 + t ** 2).sqrt()
+    t = 0.3 + 0.7 * r
+
+    def average(x, t, delta):
+        t, delta = t[:, None], delta[:, None]
+        place, end = (x - (1 - t) * M) / spread(t), t - delta
+        return ((1 - end) * M + spread(end) * place - x) / delta
+    d = t * delta
+    F = average(x, t, d)
+    for equation in (findings.end_moves, findings.start_moves):
+        assert equation(average, F, gaussian_velocity, x, t, d).abs().max() < 0.1
+        assert equation(average, F, lambda x, t: gaussian_velocity(x, 1 - t), x, t, d).abs().mean() > 0.2
+
 def test_benchmark_in_miniature(work, monkeypatch, capsys):
     monkeypatch.syspath_prepend(HERE / "assets")
     import benchmark
     benchmark.main("--batch 4 --rounds 1 -- --device cpu".split())
-    shares = re.findall(r"^(whole step|optimiser|derivative) .* ([\d.]+)% of a step", capsys.readouterr().out, re.M)
+    printed = capsys.readouterr().out
+    shares = re.findall(r"^(whole step|optimiser|derivative) .* ([\d.]+)% of a step", printed, re.M)
     assert [name for name, _ in shares] == 2 * ["derivative", "optimiser", "whole step"]
     assert all((float(share) == 100) == (name == "whole step") for name, share in shares)
 
