@@ -415,9 +415,9 @@ def evaluate(samples, reference=None, metrics=None, device="cpu", batch=None, we
 def join(device):
     """Join torchrun's processes. Return this one's torch.device for "cpu", "cuda" (one GPU each) or
     "cuda:N". Raises ValueError for a device that is not there, and for settings of another launcher."""
-    left = os.environ.get("RANK") or "0", os.environ.get("WORLD_SIZE") or "1"
-    if left != ("0", "1") and not dist.is_torchelastic_launched():
-        raise ValueError("RANK={} WORLD_SIZE={} are set, but not by torchrun: unset them".format(*left))
+    rank, world = os.environ.get("RANK") or "0", os.environ.get("WORLD_SIZE") or "1"
+    if (rank, world) != ("0", "1") and not dist.is_torchelastic_launched():
+        raise ValueError(f"RANK={rank} WORLD_SIZE={world} are set, but not by torchrun: unset them")
     name = f"cuda:{LOCAL_RANK}" if device == "cuda" else device
     if name not in ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]:
         raise ValueError(f"--device {device}: must be cpu, cuda or cuda:N of a GPU that is here")

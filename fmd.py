@@ -170,7 +170,7 @@ def duration_derivative(F, z, delta, F_z=None, method="jvp", h=5e-3):
     agree; its time embedding is smooth in δ, so not rounded to integers."""
     if method == "fd":
         F_z = F(z, delta) if F_z is None else F_z
-        return (F_z - F(z, delta - h)) / h  # where δ < h, δ ∂F/∂δ is small
+        return (F_z - F(z, delta - h)) / h  # δ - h may be negative: ∂F/∂δ counts little there
     with sdpa_kernel(SDPBackend.MATH):
         return torch.func.jvp(lambda d: F(z, d), (delta,), (torch.ones_like(delta),))[1]
 
@@ -472,9 +472,9 @@ def parse(argv):
         parser.error(f"--rollout {s.rollout}: not together with --sample")
     if s.derivative == "fd" and s.bf16:
         parser.error("--derivative fd: too coarse in bfloat16; give --no-bf16 or --derivative jvp")
-    left = os.environ.get("RANK") or "0", os.environ.get("WORLD_SIZE") or "1"
-    if left != ("0", "1") and not dist.is_torchelastic_launched():
-        parser.error("RANK={} WORLD_SIZE={} are set, but not by torchrun: unset them".format(*left))
+    rank, world = os.environ.get("RANK") or "0", os.environ.get("WORLD_SIZE") or "1"
+    if (rank, world) != ("0", "1") and not dist.is_torchelastic_launched():
+        parser.error(f"RANK={rank} WORLD_SIZE={world} are set, but not by torchrun: unset them")
     s.rows_c = round(s.batch * s.correction)
     divisor = math.gcd(s.rows_c, s.batch - s.rows_c)
     if divisor % WORLD and not (s.sample or s.rollout):

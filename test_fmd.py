@@ -1591,6 +1591,9 @@ def test_findings_in_miniature(tmp_path, monkeypatch, capsys):
     assert row["classifier's distance to real digits"] == "0.0" != row["classifier's distance to teacher"]
     findings.main([*"objectives --steps 2 --count 12 --seeds 1".split(), *files])
     assert len(re.findall(r"^\| (?:prediction|correction|both)", capsys.readouterr().out, re.M)) == 3
+    findings.main(["speed", "--count", "12", *files])
+    evaluations = re.findall(r"^\| (?:teacher|student).*?, (\d+) \|", capsys.readouterr().out, re.M)
+    assert evaluations == ["1", "4", "8", "16", "32", "62"]
 
 def test_both_equations_of_the_mismatch_hold_on_exact_paths(batch, monkeypatch):
     """The average velocity of paths of the Gaussian, from any state and time: no residual but that of fd."""
