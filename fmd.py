@@ -123,8 +123,8 @@ def expand(t, x):
 
 def guided(velocity, x, t, y, gamma, null, interval=(0.0, 1.0)):
     """Classifier-free guidance u(x|∅) + γ (u(x|y) - u(x|∅)), by one call of velocity(x, t, y).
-    x (B, ...); t, y (B,); gamma (B,) or a number; null, the index of ∅ -> like x. γ is 1, which is no
-    guidance, for t outside the interval. All channels are guided (the DiT code guides three)."""
+    x (B, ...); t, y (B,); gamma (B,) or a number; null, the index of ∅ -> like x. γ is 1, no guidance,
+    for t outside the interval. All channels are guided (the DiT code guides three)."""
     low, high = interval
     gamma = torch.where((low <= t) & (t <= high), gamma, 1.0)
     labels = torch.cat([y, torch.full_like(y, null)])
@@ -136,8 +136,8 @@ def guided(velocity, x, t, y, gamma, null, interval=(0.0, 1.0)):
 def rollout(u, z, steps, solver="heun"):
     """Integrate dx/dδ = u(x, 1 - δ) from z at δ = 0 to δ = 1 on a uniform grid -> like z (B, ...).
     u(x, t) takes x (B, ...) and t (B,). Euler calls it once a step, Heun twice, except in the last
-    step (as EDM, arXiv 2206.00364, Algorithm 1): at t = 0, where the second call would be, x holds no
-    noise for u to remove. Its answer there leaves grey specks on black."""
+    step (as EDM, arXiv 2206.00364, Algorithm 1): at t = 0, where the second call would be, x holds
+    no noise for u to remove. Its answer there leaves grey specks on black."""
     x = z
     for i in range(steps):
         v = u(x, x.new_full((len(x),), 1 - i / steps))
@@ -150,8 +150,8 @@ def rollout(u, z, steps, solver="heun"):
 
 # ---- 3. The student: a flow map and its derivative ----
 def average_velocity(velocity, z, delta, y, gamma):
-    """F(z, δ). velocity(x, t, y, delta, gamma) is the student's network: its t stays at the prior, and
-    δ and γ have embedders of their own. z (B, ...); delta, y, gamma (B,) -> like z."""
+    """F(z, δ). velocity(x, t, y, delta, gamma) is the student's network: its t stays at the prior, δ
+    and γ have embedders of their own. z (B, ...); delta, y, gamma (B,) -> like z."""
     return velocity(z, torch.ones_like(delta), y, delta=delta, gamma=gamma)
 
 
@@ -165,7 +165,7 @@ def duration_derivative(F, z, delta, F_z=None, method="jvp", h=5e-3):
     """∂F/∂δ at fixed z, without gradient. z (B, ...), delta (B,) -> like z.
     jvp: exact, forward mode with tangent 1 on δ. Fused attention has no forward derivative, so this
     call takes the plain kernel. fd: backward difference with an error of O(h), in float32: the
-    rounding of bfloat16, divided by h, is as large as F. F_z = F(z, δ), if at hand, saves fd a call.
+    rounding of bfloat16, divided by h, is as large as F. F_z = F(z, δ), if given, saves fd a call.
     To copy: F is the bare network, not DDP's wrapper; it has no dropout, because two calls must
     agree; its time embedding is smooth in δ, so not rounded to integers."""
     if method == "fd":
@@ -182,7 +182,7 @@ def prediction(F_z, F_dot, u, z, delta):
     A perfect student has δ F(z, δ) = ∫ u along the path. The derivative of both sides in δ is
     F + δ ∂F/∂δ = u(f, 1 - δ): the teacher's velocity at the *student's* own state.
     F_z = F(z, δ), F_dot = ∂F/∂δ, z (B, ...); delta (B,); u(x, t).
-    To copy: u has t = 1 at noise and points to data. A wrong clock or sign trains too, to garbage."""
+    To copy: u has t = 1 at noise and points to data. A wrong clock or sign trains as well."""
     v_G = F_z + expand(delta, z) * F_dot
     return v_G - u(flow_map(F_z, z, delta), 1 - delta)
 
@@ -193,7 +193,7 @@ def correction(F_z, u, g, z, n, r):
     it by flow matching on these samples. Δ_N is r / (1 - r) times the student's score minus the
     teacher's, both at noise r. Moving samples along -Δ_N lowers the KL divergence of the noised
     distributions (exactly so at γ = 1). F_z = F(z, 1), z, n (B, ...); r (B,); u(x, t), g(x, t).
-    To copy: g starts from the teacher's weights; it is trained by this loss, and by nothing else."""
+    To copy: g starts from the teacher's weights; this loss trains it, and nothing else does."""
     x = flow_map(F_z, z, torch.ones_like(r)).detach()  # g's loss moves g alone
     x_r = (1 - expand(r, x)) * x + expand(r, x) * n
     v_N = g(x_r, r)
@@ -216,11 +216,11 @@ def weighted(residual, k=1.0, eps=1e-3):
 
 
 def student_loss(F_p, residual_p, F_c, residual_c, k=1.0, alpha=1.0, mean=torch.mean):
-    """-> loss, λ. The loss is the mean over the whole batch of F_p · sg(w Δ_G) and F_c · sg(λ w Δ_N).
+    """-> loss, λ. The loss is the mean over the batch of F_p · sg(w Δ_G) and F_c · sg(λ w Δ_N).
     Its gradient in F is proportional to w Δ, so descent moves F against its residual.
     F_p, residual_p (P, ...); F_c, residual_c (C, ...). λ = α E|w Δ_G| / (E|w Δ_N| + 1e-6), or α if
-    a part is empty: at α = 1 both pull equally hard [paper; that w comes first is ours]. `mean` maps
-    (B,) to a number. With several processes it must be the mean over all of them."""
+    a part is empty: at α = 1 both pull equally hard [paper; that w comes first is ours]. `mean`
+    maps (B,) to a number. With several processes it must be the mean over all of them."""
     weighted_p = weighted(residual_p, k).detach()  # sg
     weighted_c = weighted(residual_c, k).detach()
     lam = weighted_p.new_full((), alpha)
@@ -518,8 +518,8 @@ def any_process(flag=False):
 
 
 def generator(device, seed, key):
-    """A torch.Generator for draw number `key` of a run. On a CPU torch keeps 32 bits of a seed. So the
-    key is added, not hashed: no two draws of a run share a seed."""
+    """A torch.Generator for draw number `key` of a run. On a CPU torch keeps 32 bits of a seed. So
+    the key is added, not hashed: no two draws of a run share a seed."""
     start = int(np.random.SeedSequence(seed).generate_state(1)[0])
     return torch.Generator(device).manual_seed(start + key)
 
@@ -531,7 +531,7 @@ def noises(seed, numbers, shape):
 
 
 def learning_rate(step, steps, warmup, decay_from):
-    """The share of the peak rate: a linear rise over `warmup` steps, then 1, then a linear fall to 0."""
+    """The share of the peak rate: a linear rise over `warmup` steps, 1, then a linear fall to 0."""
     fall = (steps - step) / max(1.0, steps * (1 - decay_from))
     return min((step + 1) / (warmup + 1), 1.0, fall)
 
@@ -576,8 +576,8 @@ def save(s, parts, settings, step, log):
 
 
 def resume(s, parts, settings):
-    """Load ckpt.pt, if there is one, into the parts -> its step; the log, cut to it (process 0). Raises
-    ValueError if it is of another run, or if another process is at work in the folder."""
+    """Load ckpt.pt, if there is one, into the parts -> its step; the log, cut to it (process 0).
+    Raises ValueError if it is of another run, or if another process is at work in the folder."""
     s.folder.mkdir(parents=True, exist_ok=True)
     path, log, step, log_size = s.folder / "ckpt.pt", None, 0, 0
     if RANK == 0:
@@ -637,8 +637,8 @@ def save_grid(path, images):
 
 
 def sample(s):
-    """--sample or --rollout: N samples to an npz, as ADM's evaluator reads it, and a grid of the first.
-    Whatever N and the number of processes, noise i is the same, and sample i is equal to rounding."""
+    """--sample or --rollout: N samples to an npz, as ADM's evaluator reads it, and a grid of some.
+    Whatever N and the number of processes, noise i is the same, sample i is equal to rounding."""
     device, count = join(s.device), s.sample or s.rollout
     if s.sample:
         source, path = s.ckpt or s.folder / "student.pt", s.folder / "samples.npz"
