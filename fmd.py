@@ -123,8 +123,8 @@ def expand(t, x):
 
 def guided(velocity, x, t, y, gamma, null, interval=(0.0, 1.0)):
     """Classifier-free guidance u(x|∅) + γ (u(x|y) - u(x|∅)), by one call of velocity(x, t, y).
-    x (B, ...); t, y (B,); gamma (B,) or a number; null, the index of ∅ -> like x. γ is 1, no guidance,
-    for t outside the interval. All channels are guided (the DiT code guides three)."""
+    x (B, ...); t, y (B,); gamma (B,) or a number; null, the index of ∅ -> like x. γ is 1, no
+    guidance, for t outside the interval. All channels are guided (the DiT code guides three)."""
     low, high = interval
     gamma = torch.where((low <= t) & (t <= high), gamma, 1.0)
     labels = torch.cat([y, torch.full_like(y, null)])
@@ -150,7 +150,7 @@ def rollout(u, z, steps, solver="heun"):
 
 # ---- 3. The student: a flow map and its derivative ----
 def average_velocity(velocity, z, delta, y, gamma):
-    """F(z, δ). velocity(x, t, y, delta, gamma) is the student's network: its t stays at the prior, δ
+    """F(z, δ). velocity(x, t, y, delta, gamma) is the student's network: its t stays at 1, δ
     and γ have embedders of their own. z (B, ...); delta, y, gamma (B,) -> like z."""
     return velocity(z, torch.ones_like(delta), y, delta=delta, gamma=gamma)
 
