@@ -137,7 +137,9 @@ def rollout(u, z, steps, solver="heun"):
     """Integrate dx/dδ = u(x, 1 - δ) from z at δ = 0 to δ = 1 on a uniform grid -> like z (B, ...).
     u(x, t) takes x (B, ...) and t (B,). Euler calls it once a step, Heun twice, except in the last
     step (as EDM, arXiv 2206.00364, Algorithm 1): at t = 0, where the second call would be, x holds
-    no noise for u to remove. Its answer there leaves grey specks on black."""
+    no noise for u to remove. Its answer there leaves grey specks on black. Raises ValueError."""
+    if solver not in ("euler", "heun"):
+        raise ValueError(f"solver {solver}: must be euler or heun")
     x = z
     for i in range(steps):
         v = u(x, x.new_full((len(x),), 1 - i / steps))

@@ -110,6 +110,8 @@ def test_rollout_converges_at_its_order(batch, solver, order):
     z, end = batch[0], gaussian_map(batch[0], torch.ones(64).double())
     a, b, c = ((fmd.rollout(gaussian_velocity, z, k, solver) - end).norm() for k in (40, 80, 160))
     assert abs(torch.log2(a / b) - order) < 0.25 and abs(torch.log2(b / c) - order) < 0.25
+    with pytest.raises(ValueError, match="solver Heun"):
+        fmd.rollout(gaussian_velocity, z, 1, "Heun")
 
 @pytest.mark.parametrize("method, tolerance", [("jvp", 1e-9), ("fd", 3e-2)])
 def test_exact_flow_map_has_no_prediction_residual(batch, method, tolerance):
