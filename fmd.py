@@ -247,7 +247,7 @@ def train(s):
     device = join(s.device)
 
     # ---- Networks. Student, g and the student's average start from the teacher's weights.
-    teacher, _, decoder = load(s, s.teacher, device)
+    teacher, _, decoder = load(s.teacher, s.res, s.convention, s.vae, device)
     shape, null = teacher.config["shape"], teacher.config["classes"]
     torch.manual_seed(s.seed)  # the first layers of the new embedders are random
     student = start_from(teacher, delta=True, gamma=True)
@@ -262,7 +262,7 @@ def train(s):
     parts = {"student": student, "online": g, "ema": ema, "optimizer": optimizer}
     settings = {name: getattr(s, name) for name in FIXED + FREE}
     settings["teacher's checksum"] = sit.checksum(teacher)
-    first, log = resume(s, parts, settings)
+    first, log = resume(s.folder, parts, settings)
     print(f"{vars(s)}\nfrom step {first}")
 
     # ---- Memory and compilation, block by block: DDP and checkpointing stay outside of the graphs.
@@ -370,7 +370,7 @@ def train(s):
             totals.zero_()
             clock, clock_step = time.perf_counter(), done
         if saving and RANK == 0:
-            save(s, parts, settings, done, log)
+            save(s.folder, parts, settings, done, log)
         if stopping:
             return print(f"saved after step {done}; repeat the command to go on")
     print(f"next: python fmd.py --res {s.res} --sample 100 --out {shlex.quote(str(s.folder))}")
@@ -539,7 +539,7 @@ def learning_rate(step, steps, warmup, decay_from):
 
 
 # ---- 8. Networks, log and checkpoints ----
-def load(s, source, device, student=False):
+def load(source, res, convention, vae, device, student=False):
     """-> a frozen teacher or student, what else its file holds, the decoder of its latents or None.
     Raises ValueError."""
     def fetch(source):  # one process of a machine downloads, the others wait
@@ -548,15 +548,15 @@ def load(s, source, device, student=False):
         any_process()
         return sit.fetch(source)
 
-    net, info = sit.load(fetch(source), convention=s.convention)
+    net, info = sit.load(fetch(source), convention=convention)
     shape, classes = net.config["shape"], net.config["classes"]
     if (net.config["delta"], net.config["gamma"]) != (student, student):
         raise ValueError(f"{source}: not a {'student' if student else 'teacher'}")
-    if shape != [4, s.res // 8, s.res // 8] and (s.res > 28 or shape[0] == 4):
-        raise ValueError(f"{source}: made for {shape}, not for --res {s.res}")
+    if shape != [4, res // 8, res // 8] and (res > 28 or shape[0] == 4):
+        raise ValueError(f"{source}: made for {shape}, not for --res {res}")
     print(f"{source}: convention {net.config['convention']} ({info['why']}), labels 0 to "
           f"{classes - 1}, ∅ is {classes}")
-    decoder = sit.load_decoder(fetch(s.vae)).to(device) if s.res > 28 else None
+    decoder = sit.load_decoder(fetch(vae)).to(device) if res > 28 else None
     return net.to(device), info, decoder
 
 
@@ -567,35 +567,36 @@ def start_from(teacher, **inputs):
     return net.to(teacher.pos_embed.device)
 
 
-def save(s, parts, settings, step, log):
+def save(folder, parts, settings, step, log):
     """student.pt, in the names of the released files; and ckpt.pt, which has the rest as well."""
     ema = parts["ema"]
-    file = {"ema": sit.released_names(ema.state_dict()), "config": ema.config, "gamma": s.gamma}
-    sit.write(s.folder / "student.pt", partial(torch.save, file))
+    file = {"ema": sit.released_names(ema.state_dict()), "config": ema.config,
+            "gamma": settings["gamma"]}
+    sit.write(folder / "student.pt", partial(torch.save, file))
     file |= {name: part.state_dict() for name, part in parts.items()}
     file |= {"settings": settings, "step": step, "log_size": log.tell()}
-    sit.write(s.folder / "ckpt.pt", partial(torch.save, file))
+    sit.write(folder / "ckpt.pt", partial(torch.save, file))
 
 
-def resume(s, parts, settings):
+def resume(folder, parts, settings):
     """Load ckpt.pt, if there is one, into the parts -> its step; the log, cut to it (process 0).
     Raises ValueError if it is of another run, or if another process is at work in the folder."""
-    s.folder.mkdir(parents=True, exist_ok=True)
-    path, log, step, log_size = s.folder / "ckpt.pt", None, 0, 0
+    folder.mkdir(parents=True, exist_ok=True)
+    path, log, step, log_size = folder / "ckpt.pt", None, 0, 0
     if RANK == 0:
-        log = open(s.folder / "metrics.jsonl", "a")
+        log = open(folder / "metrics.jsonl", "a")
         try:
             if fcntl:  # a lock that ends with the process
                 fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"--out {s.folder}: another run is at work there") from None
+            raise ValueError(f"--out {folder}: another run is at work there") from None
     if path.exists():
         file = sit.read_file(path)
         try:
             step, log_size = file["step"], file["log_size"]
             changed = {name: value for name, value in file["settings"].items()
                        if value != settings[name]}
-            if changed.keys() - FREE or step > s.steps:
+            if changed.keys() - FREE or step > settings["steps"]:
                 raise ValueError(f"it has {changed} and {step} steps; give these, or another --out")
             for name, part in parts.items():
                 part.load_state_dict(file[name])
@@ -604,7 +605,7 @@ def resume(s, parts, settings):
         if changed:
             print(f"note: up to step {step} this run had {changed}; the rate may jump here")
     if mean_of_all(torch.tensor(float(step))) != step:
-        raise ValueError(f"--out {s.folder}: all processes must see it")
+        raise ValueError(f"--out {folder}: all processes must see it")
     if log:
         log.truncate(min(log.tell(), log_size))
     return step, log
@@ -648,7 +649,7 @@ def sample(s):
             source = "assets/student-mnist.pt"
     else:
         source, path = s.teacher, s.folder / "rollout.npz"
-    net, info, decoder = load(s, source, device, student=bool(s.sample))
+    net, info, decoder = load(source, s.res, s.convention, s.vae, device, bool(s.sample))
     shape, null = net.config["shape"], net.config["classes"]
 
     ends = re.fullmatch(r"(\d+)(?:-(\d+))?", s.labels.replace("balanced", f"0-{null - 1}"))

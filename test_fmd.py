@@ -1374,7 +1374,7 @@ def test_damaged_checkpoints_are_refused_or_load_right(work, capsys):
             average, g = copy.deepcopy(net), tiny(shape=(1, 8, 8), classes=10, gamma=True)
             optimizer = torch.optim.AdamW([{"params": x.parameters()} for x in (net, g)])
             parts = {"student": net, "online": g, "ema": average, "optimizer": optimizer}
-            fmd.resume(s, parts, torch.load(io.BytesIO(good), weights_only=True)["settings"])
+            fmd.resume(s.folder, parts, torch.load(io.BytesIO(good), weights_only=True)["settings"])
             assert all(torch.equal(v, right[k]) for k, v in net.state_dict().items())
         except ValueError as e:
             assert re.fullmatch("o/ckpt.pt: not .*", str(e))
