@@ -673,14 +673,14 @@ def sample(s):
         mine = rows[RANK * len(rows) // WORLD:(RANK + 1) * len(rows) // WORLD]
         y = torch.tensor([labels[i % len(labels)] for i in mine], dtype=torch.long)
         x = sampler(noises(s.seed, mine, shape).to(device), y.to(device))
-        parts = [to_uint8(x, decoder)]
+        part = to_uint8(x, decoder)
+        parts = [part] * WORLD
         if WORLD > 1:
-            x, parts = parts[0], [None] * WORLD
-            dist.gather_object(x, parts if RANK == 0 else None)
+            dist.gather_object(part, parts if RANK == 0 else None)
         if RANK == 0:
-            x = torch.cat(parts)
-            images = x.new_empty((count, *x.shape[1:])) if images is None else images
-            images[first:first + len(x)] = x
+            if images is None:
+                images = part.new_empty((count, *part.shape[1:]))
+            images[first:first + len(rows)] = torch.cat(parts)
     if RANK == 0:
         seconds, y = time.perf_counter() - clock, np.resize(labels, count)
         sit.write(path, partial(np.savez, arr_0=images.numpy(), arr_1=y))
