@@ -293,9 +293,9 @@ def mismatch(args):
             "moved by 8": noised(x, y, 8),
             "only 0 to 4": noised(x[few], y[few])}
     curves = {}
-    students = [("end moves, from the prior", end_moves, {"no data": None}, args.seeds),
-                ("start moves, at data", start_moves, data, args.seeds),
-                ("end moves, at data", end_moves, data, 1)]
+    students = [("FreeFlow, from the prior", end_moves, {"no data": None}, args.seeds),
+                ("MeanFlow, at data", start_moves, data, args.seeds),
+                ("FreeFlow, at data", end_moves, data, 1)]
     for name, equation, sources, seeds in students:
         for words, source in sources.items():
             found = []
