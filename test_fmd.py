@@ -1471,7 +1471,7 @@ def fake_cuda(monkeypatch):
     """train(flags) takes one step on fake tensors of device cuda, without files -> student and g; the
     backward pass, for which torch needs a GPU, only gives each weight a gradient of zeros."""
     nets = []
-    def load(s, source, device):
+    def load(source, res, convention, vae, device):
         net = sit.SiT((4, 32, 32), 2, 64, 4, 2, 1000, learn_sigma=True)
         return net.requires_grad_(False), {}, None
     def start_from(teacher, real=fmd.start_from, **inputs):
@@ -1658,7 +1658,7 @@ def test_readme_commands_parse_and_links_exist():
         if program.startswith("assets"):
             source = (HERE / f"{program}.py").read_text()
             own = args[:[*args, "--"].index("--")]              # the rest are flags of fmd.py
-            words = [a for a in own if re.match("--|[a-z]+$", a)]
+            words = own[:1] + [a for a in own[1:] if a.startswith("--")]
             assert all(f'"{a}"' in source or f"def {a}(" in source for a in words), args
         elif args not in (["--help"], ["..."]):
             (fmd if program == "fmd" else fid).parse(args)
