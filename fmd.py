@@ -21,16 +21,18 @@ Time: t = 1 IS NOISE, t = 0 IS DATA. Velocities point from noise to data.
                             the path that starts at z                            like z
   ∂F/∂δ      F_dot          its derivative in δ at fixed z                       like z
   f(z, δ)    flow_map       z + δ F(z, δ), the path after δ; f(z, 1) is a sample like z
-  v_G        v_G            ∂f/∂δ = F + δ ∂F/∂δ, the generating velocity         like z
+  φ          phi            the teacher's sample of z, by a rollout              like z
+  v_G        velocity       ∂f/∂δ = F + δ ∂F/∂δ, of the student's path           like z
   n, r       n, r           fresh noise; the time of a noised sample             like x; (B,)
   x_r        x_r            I_r(x, n) = (1 - r) x + r n                          like x
-  v_N        v_N            E[x - n | x_r], the noising velocity of samples x    like x
+  v_N        velocity       E[x - n | x_r], of the student's noised samples      like x
   g(x_r, r)  g              online network, learns v_N during training           like x
   Δ_G        residual_p     v_G - u, the residual of prediction                  like x
   Δ_N        residual_c     v_N - u, the residual of correction                  like x
-  w, λ       weighted, lam  weight of a sample; weight of correction             (B,); ()
+  w Δ, λ     weighted, lam  residual times its weight; weight of correction      like x; ()
 
-A name ending in _p or _c holds rows of prediction or of correction.
+u, F and g depend on y and γ as well. A name ending in _p or _c holds rows of prediction (the
+paper's G) or of correction (its N).
 
 Launch:
   python fmd.py                                            distil the bundled teacher, or resume
@@ -50,6 +52,7 @@ import shlex
 import signal
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from functools import partial
@@ -82,14 +85,6 @@ try:
 except ImportError:
     fcntl = None  # on Windows
 
-# This process's number among all and on its machine, and the number of all.
-RANK, LOCAL_RANK, WORLD = 0, 0, 1
-if dist.is_torchelastic_launched():  # by torchrun
-    RANK, LOCAL_RANK = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-    WORLD = int(os.environ["WORLD_SIZE"])
-GPU = torch.cuda.is_available()
-CHUNK = 128 if GPU else 64  # samples at a time
-
 
 # ---- 1. The prior: every random number of a step ----
 def prior(count, shape, classes, gamma_range=(1, 2), r_logit=(0.8, 1), source=None, device="cpu"):
@@ -109,7 +104,7 @@ def prior(count, shape, classes, gamma_range=(1, 2), r_logit=(0.8, 1), source=No
 
 
 def shard(draws, rank, world):
-    """One process's rows of a batch. All draw the whole batch: their number changes no draw."""
+    """One process's rows. All draw the whole batch, so no draw depends on their number."""
     mine = slice(rank * len(draws.z) // world, (rank + 1) * len(draws.z) // world)
     # Copies: torch.compile cannot trace a JVP in a slice of a larger tensor.
     return SimpleNamespace(**{name: value[mine].clone() for name, value in vars(draws).items()})
@@ -151,10 +146,10 @@ def rollout(u, z, steps, solver="heun"):
 
 
 # ---- 3. The student: a flow map and its derivative ----
-def average_velocity(velocity, z, delta, y, gamma):
-    """F(z, δ). velocity(x, t, y, delta, gamma) is the student's network: its t stays at 1, δ
-    and γ have embedders of their own. z (B, ...); delta, y, gamma (B,) -> like z."""
-    return velocity(z, torch.ones_like(delta), y, delta=delta, gamma=gamma)
+def average_velocity(student, z, delta, y, gamma):
+    """F(z, δ). student(x, t, y, delta, gamma) is the teacher's network with two more inputs: its t
+    stays at 1, δ and γ have embedders of their own. z (B, ...); delta, y, gamma (B,) -> like z."""
+    return student(z, torch.ones_like(delta), y, delta=delta, gamma=gamma)
 
 
 def flow_map(F_z, z, delta):
@@ -167,12 +162,12 @@ def duration_derivative(F, z, delta, F_z=None, method="jvp", h=5e-3):
     """∂F/∂δ at fixed z, without gradient. z (B, ...), delta (B,) -> like z.
     jvp: exact, forward mode with tangent 1 on δ. Fused attention has no forward derivative, so this
     call takes the plain kernel. fd: backward difference with an error of O(h), in float32: the
-    rounding of bfloat16, divided by h, is as large as F. F_z = F(z, δ), if given, saves fd a call.
-    To copy: F is the bare network, not DDP's wrapper; it has no dropout, because two calls must
-    agree; its time embedding is smooth in δ, so not rounded to integers."""
+    rounding of bfloat16 or TF32, divided by h, would drown it. F_z = F(z, δ), if given, saves fd a
+    call. If you copy this: F is the bare network, not DDP's wrapper; it has no dropout, because two
+    calls must agree; its time embedding is smooth in δ, so not rounded to integers."""
     if method == "fd":
         F_z = F(z, delta) if F_z is None else F_z
-        return (F_z - F(z, delta - h)) / h  # δ - h may be negative: ∂F/∂δ counts little there
+        return (F_z - F(z, delta - h)) / h  # δ may be below h: there δ ∂F/∂δ is small
     with sdpa_kernel(SDPBackend.MATH):
         return torch.func.jvp(lambda d: F(z, d), (delta,), (torch.ones_like(delta),))[1]
 
@@ -184,24 +179,26 @@ def prediction(F_z, F_dot, u, z, delta):
     A perfect student has δ F(z, δ) = ∫ u along the path. The derivative of both sides in δ is
     F + δ ∂F/∂δ = u(f, 1 - δ): the teacher's velocity at the *student's* own state.
     F_z = F(z, δ), F_dot = ∂F/∂δ, z (B, ...); delta (B,); u(x, t).
-    To copy: u has t = 1 at noise and points to data. A wrong clock or sign trains as well."""
-    v_G = F_z + expand(delta, z) * F_dot
-    return v_G - u(flow_map(F_z, z, delta), 1 - delta)
+    If you copy this: u has t = 1 at noise and points to data. With a wrong clock or sign the loss
+    still falls, and the samples are garbage."""
+    velocity = F_z + expand(delta, z) * F_dot
+    return velocity - u(flow_map(F_z, z, delta), 1 - delta)
 
 
 def correction(F_z, u, g, z, n, r):
     """Correction (paper, Eq. 10 and 11) -> the residual Δ_N = v_N - u(x_r, r), like z; g's loss.
-    v_N is the velocity of the flow that noises the student's samples. It has no formula: g learns
-    it by flow matching on these samples. Δ_N is r / (1 - r) times the student's score minus the
-    teacher's, both at noise r. Moving samples along -Δ_N lowers the KL divergence of the noised
-    distributions (exactly so at γ = 1). F_z = F(z, 1), z, n (B, ...); r (B,); u(x, t), g(x, t).
-    To copy: g starts from the teacher's weights; this loss trains it, and nothing else does."""
+    v_N is the velocity, from noise to data, of the student's samples under noise. It has no
+    formula: g learns it by flow matching on these samples. Δ_N is r / (1 - r) times the student's
+    score minus the teacher's, both at noise r. Moving samples along -Δ_N lowers the KL divergence
+    of the noised distributions (exactly so at γ = 1). F_z = F(z, 1), z, n (B, ...); r (B,);
+    u(x, t), g(x, t).
+    If you copy this: g starts from the teacher's weights, and this loss alone trains it."""
     x = flow_map(F_z, z, torch.ones_like(r)).detach()  # g's loss moves g alone
     x_r = (1 - expand(r, x)) * x + expand(r, x) * n
-    v_N = g(x_r, r)
-    online_loss = mean_square(v_N - (x - n))
+    velocity = g(x_r, r)
+    online_loss = mean_square(velocity - (x - n))
     with torch.no_grad():
-        residual = v_N - u(x_r, r)
+        residual = velocity - u(x_r, r)
     return residual, online_loss
 
 
@@ -211,50 +208,50 @@ def mean_square(x):
 
 
 def weighted(residual, k=1.0, eps=1e-3):
-    """w Δ, with w = 1 / (|Δ|²/d + ε)^k for a sample of d numbers: a few large residuals do not
-    outweigh the rest (paper, Table 1; ε is ours). residual (B, ...) -> like it."""
+    """w Δ, with w = 1 / (|Δ|²/d + ε)^k for a sample of d numbers (paper, Table 1; ε is ours). At
+    k = 0 large residuals pull most, at k = 1 least, so a few do not outweigh the rest.
+    residual (B, ...) -> like it."""
     size = residual.flatten(1).square().mean(1)  # (B,)
     return residual / expand((size + eps) ** k, residual)
 
 
 def student_loss(F_p, residual_p, F_c, residual_c, k=1.0, alpha=1.0, mean=torch.mean):
-    """-> loss, λ. The loss is the mean over the batch of F_p · sg(w Δ_G) and F_c · sg(λ w Δ_N).
-    Its gradient in F is proportional to w Δ, so descent moves F against its residual.
-    F_p, residual_p (P, ...); F_c, residual_c (C, ...). λ = α E|w Δ_G| / (E|w Δ_N| + 1e-6), or α if
-    a part is empty: at α = 1 both pull equally hard [paper; that w comes first is ours]. `mean`
-    maps (B,) to a number. With several processes it must be the mean over all of them."""
+    """-> loss, λ. The loss is the mean over all numbers of F_p · sg(w Δ_G) and F_c · sg(λ w Δ_N).
+    Its value says nothing. Its gradient in F is w Δ, as that of |F - sg(F - w Δ)|²/2 would be: so
+    descent moves F against its residual. λ = α min(10, E|w Δ_G| / (E|w Δ_N| + 1e-6)): at α = 1 rows
+    of both pull equally hard [paper; that w comes first is ours, and the 10]. λ is α if a part is
+    empty. F_p, residual_p (P, ...); F_c, residual_c (C, ...). `mean` maps (B,) to a number: with
+    several processes, the mean over all of them."""
     weighted_p = weighted(residual_p, k).detach()  # sg
     weighted_c = weighted(residual_c, k).detach()
     lam = weighted_p.new_full((), alpha)
     if len(weighted_p) and len(weighted_c):
         norm_p = mean(weighted_p.flatten(1).norm(dim=1))
         norm_c = mean(weighted_c.flatten(1).norm(dim=1))
-        # [ours] The ratio, about 1 in training, has a cap. At the first step g is the teacher, and
-        # without guided rows Δ_N is rounding, which must not be scaled up to the size of Δ_G.
+        # The 10: g starts as the teacher, so without guidance Δ_N is rounding at the first step,
+        # and λ must not scale that up to the size of Δ_G. Later the ratio is about 1.
         lam = alpha * (norm_p / (norm_c + 1e-6)).clamp(max=10)
     total = (F_p * weighted_p).sum() + (F_c * lam * weighted_c).sum()
     return total / (F_p.numel() + F_c.numel()), lam
 
 
 # ---- 5. The training loop ----
-# What the log has of each step, as means over the steps since its last line.
-TERMS = ("prediction", "correction", "online", "lambda", "student_norm", "online_norm")
-
-
 def train(s):
     """Distil. s: the settings of section 6. Writes student.pt, ckpt.pt, metrics.jsonl and pairs.png
-    to s.folder. The same command, repeated, goes on from ckpt.pt."""
+    to s.folder. The same command, repeated, goes on from ckpt.pt. Each of WORLD processes runs
+    this, on its rows of the batch; only that with RANK 0 prints and writes (section 7)."""
     device = join(s.device)
 
     # ---- Networks. Student, g and the student's average start from the teacher's weights.
     teacher, _, decoder = load(s.teacher, s.res, s.convention, s.vae, device)
-    shape, null = teacher.config["shape"], teacher.config["classes"]
-    torch.manual_seed(s.seed)  # the first layers of the new embedders are random
-    student = start_from(teacher, delta=True, gamma=True)
+    shape, classes = teacher.config["shape"], teacher.config["classes"]
+    null = classes  # ∅ comes after the last class
+    torch.manual_seed(s.seed)  # for the new embedders, whose last layers are zero,
+    student = start_from(teacher, delta=True, gamma=True)  # so F(z, δ) starts as u(z, 1)
     g = start_from(teacher, gamma=True)  # it sees γ, like the student [ours]
     ema = start_from(student).requires_grad_(False)
 
-    # ---- One optimiser, two rates.
+    # ---- One optimiser, two rates [ours, like clipping at 1 below].
     groups = [{"params": student.parameters()}, {"params": g.parameters()}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0, fused=True)
 
@@ -273,12 +270,14 @@ def train(s):
         for block in (*teacher.blocks, *student.blocks, *g.blocks):
             block.compile(dynamic=False)
         derivative = torch.compile(duration_derivative, dynamic=False)
+    # With --bf16 networks compute in bfloat16. They return float32, so the objectives are in it.
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=s.bf16)
 
     # ---- DDP. It averages gradients over the processes, in passes that go through its wrapper.
     ddp_student, ddp_g = student, g
     if WORLD > 1:
-        # The first flag keeps DDP from regrouping sums after a step: exact resume on a CPU.
+        # Without the first flag DDP sums in another order after its first step, and a resumed run
+        # would differ by rounding. On a GPU it does so anyway.
         flags = dict(find_unused_parameters=device.type == "cpu", gradient_as_bucket_view=True)
         ddp_student, ddp_g = DDP(student, **flags), DDP(g, **flags)
 
@@ -286,25 +285,20 @@ def train(s):
     middle = sum(s.gamma) / 2
     if RANK == 0:
         z_eval = noises(s.seed, range(s.eval_samples), shape).to(device)
-        y_eval = torch.arange(s.eval_samples, device=device) % null
+        y_eval = torch.arange(s.eval_samples, device=device) % classes
         phi = many_steps(teacher, z_eval, y_eval, middle, null, interval=s.interval)
 
     # ---- SIGTERM and Ctrl-C finish the step and save; so does a torchrun that is gone.
-    stopped, launcher = False, os.getppid()
-
-    def stop(number, frame):
-        nonlocal stopped
-        stopped = True
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
+    stopped, launcher = threading.Event(), os.getppid()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopped.set())
 
     def draw(rows, key):
         source = generator(device, s.seed, key)
         r_logit = s.r_location, s.r_scale
-        return shard(prior(rows, shape, null, s.gamma, r_logit, source, device), RANK, WORLD)
+        return shard(prior(rows, shape, classes, s.gamma, r_logit, source, device), RANK, WORLD)
 
-    totals = torch.zeros(len(TERMS), device=device)  # since the last line of the log
-    clock, clock_step = time.perf_counter(), first
+    totals, logged, clock = 0, first, time.perf_counter()  # since the last line of the log
     for step in tqdm(range(first, s.steps), file=sys.stdout, disable=None):
         # ---- The prior: p are the rows for prediction, c those for correction, where δ = 1.
         p = draw(s.batch - s.rows_c, 2 * step)
@@ -312,6 +306,9 @@ def train(s):
         one = torch.ones_like(c.r)
 
         # ---- The networks on these rows, as functions of a state and its time or duration.
+        # F, for the derivative, is the bare student: a JVP cannot pass through DDP's wrapper. u_c
+        # has an interval of its own: the paper's FID is best if correction is unguided above it.
+        # To torch.compile p and c are inputs of these functions, so it traces them once.
         def F(z, delta): return average_velocity(student, z, delta, p.y, p.gamma)
         def u_p(x, t): return guided(teacher, x, t, p.y, p.gamma, null, s.interval)
         def u_c(x, t): return guided(teacher, x, t, c.y, c.gamma, null, (0.0, s.cut))
@@ -342,38 +339,34 @@ def train(s):
             average.lerp_(weight.detach(), 1 - decay)
 
         # ---- Housekeeping. Nothing above waits for the GPU.
-        totals += torch.stack([mean_square(residual_p), mean_square(residual_c),
-                               online_loss.detach(), lam, student_norm, online_norm])
+        terms = {"prediction": mean_square(residual_p), "correction": mean_square(residual_c),
+                 "online": online_loss.detach(), "lambda": lam,
+                 "student_norm": student_norm, "online_norm": online_norm}
+        totals = totals + torch.stack([*terms.values()])
         done = step + 1
-        stopping = any_process(stopped or WORLD > 1 and os.getppid() != launcher)
+        stopping = any_process(stopped.is_set() or WORLD > 1 and os.getppid() != launcher)
         saving = stopping or done == s.steps or done % s.save_every == 0
         if saving or done % s.log_every == 0:
-            if not totals.isfinite().all():
-                raise ValueError(
-                    f"step {done}: gradient not finite; the last checkpoint stands. Repeat "
-                    "the command with another --seed, for other draws, or a lower --lr")
-            means = [mean_of_all(total / (done - clock_step)).item() for total in totals]
-            images = s.batch * (done - clock_step)
-            line = dict(zip(TERMS, means), step=done, lr=s.lr * rate,
-                        images_per_s=images / (time.perf_counter() - clock),
-                        gpu_gb=torch.cuda.max_memory_allocated() / 1e9)
+            line = dict(zip(terms, means_of_steps(totals, done - logged, done)))
+            line |= {"step": done, "lr": s.lr * rate,
+                     "images_per_s": s.batch * (done - logged) / (time.perf_counter() - clock),
+                     "gpu_gb": torch.cuda.max_memory_allocated() / 1e9}
             if saving and RANK == 0:
                 x = one_step(ema, z_eval, y_eval, middle)
-                error = (x - phi).flatten(1).norm(dim=1) / phi.flatten(1).norm(dim=1)
-                line["endpoint_error"] = error.mean().item()
+                line["endpoint_error"] = endpoint_error(x, phi).mean().item()
                 pairs = torch.stack([phi, x], 1)[:50].flatten(0, 1)
                 save_grid(s.folder / "pairs.png", to_uint8(pairs, decoder))
-            if RANK == 0:
-                text = json.dumps({name: round(value, 8) for name, value in line.items()})
-                tqdm.write(text)
-                print(text, file=log, flush=True)
-            totals.zero_()
-            clock, clock_step = time.perf_counter(), done
-        if saving and RANK == 0:
+            write_line(log, line)
+            totals, logged, clock = 0, done, time.perf_counter()
+        if saving:
             save(s.folder, parts, settings, done, log)
         if stopping:
-            return print(f"saved after step {done}; repeat the command to go on")
+            print(f"saved after step {done}; repeat the command to go on")
+            return
     print(f"next: python fmd.py --res {s.res} --sample 100 --out {shlex.quote(str(s.folder))}")
+
+
+# The method ends here. The rest is settings, processes, files and sampling.
 
 
 # ---- 6. Settings. [paper] marks the paper's values; the others, and the presets, are ours ----
@@ -394,10 +387,10 @@ FREE = ["steps", "lr", "online_lr", "seed"]
 
 def parse(argv):
     """The command line -> a namespace of settings. Bad input exits with one line and code 2."""
-    # --res is read first: it chooses the defaults of the other flags.
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--res", type=int, default=28)
-    preset = PRESETS.get(first.parse_known_args(argv)[0].res, {})
+    # --res is read before the rest: it chooses the defaults of the other flags.
+    early = argparse.ArgumentParser(add_help=False)
+    early.add_argument("--res", type=int, default=28)
+    preset = PRESETS.get(early.parse_known_args(argv)[0].res, {})
 
     parser = argparse.ArgumentParser("fmd.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -417,7 +410,7 @@ def parse(argv):
         choices=PRESETS)
     add("--teacher", "SiT-XL/2", "file, name in sit.RELEASED or URL")
     add("--vae", "sd-vae-ft-ema", "decoder of the latents, likewise")
-    add("--convention", None, "clock and sign, if the file is not right", choices=("sit", "repa"))
+    add("--convention", None, "a file's clock and sign, if not found", choices=("sit", "repa"))
     add("--out", None, "folder (default: out/RES)")
     add("--device", "cuda" if GPU else "cpu", "cpu, cuda or cuda:N")
     # Method. The defaults are those of 256 and 512. After a type: the least and the largest value.
@@ -428,7 +421,7 @@ def parse(argv):
     add("--alpha", 1.0, "strength of correction [paper]", float, 0)
     add("--gamma", [1.0, 2.0], "range of γ in training", float, 0, nargs=2)
     add("--interval", [0.0, 1.0], "t at which the teacher is guided", float, 0, 1, nargs=2)
-    add("--cut", 0.7, "in correction, largest r at which it is guided [paper]", float, 0, 1)
+    add("--cut", 0.7, "in correction it is guided for r from 0 to this [paper]", float, 0, 1)
     add("--r-location", 0.8, "location of the logit of r [paper]", float, -1e9)
     add("--r-scale", 1.0, "its scale", float, 0)
     add("--derivative", "jvp", "∂F/∂δ: exact, or a finite difference", choices=("jvp", "fd"))
@@ -483,6 +476,14 @@ def parse(argv):
 
 
 # ---- 7. Processes, draws and rates ----
+# This process's number among all and on its machine, and the number of all.
+RANK, LOCAL_RANK, WORLD = 0, 0, 1
+if dist.is_torchelastic_launched():  # by torchrun
+    RANK, LOCAL_RANK = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    WORLD = int(os.environ["WORLD_SIZE"])
+GPU = torch.cuda.is_available()
+
+
 def join(device):
     """Join torchrun's processes. -> this one's torch.device, for "cpu", "cuda" (one GPU each) or
     "cuda:N". Raises ValueError for a device that is not there."""
@@ -503,7 +504,7 @@ def join(device):
 
 def mean_of_all(values):
     """The mean over the values of all processes, of which each holds the same number."""
-    mean = values.detach().float().mean().double()  # float64 sums steps exactly
+    mean = values.detach().float().mean().double()  # float64: step numbers add exactly
     if WORLD > 1:
         dist.all_reduce(mean)
     return (mean / WORLD).float()
@@ -536,7 +537,8 @@ def learning_rate(step, steps, warmup, decay_from):
 # ---- 8. Networks, log and checkpoints ----
 def load(source, res, convention, vae, device, student=False):
     """-> a frozen teacher or student, what else its file holds, the decoder of its latents or None.
-    Raises ValueError."""
+    Whatever clock and sign the file has, the network's t is 1 at noise and its velocity points from
+    noise to data. Raises ValueError."""
     def fetch(source):  # one process of a machine downloads, the others wait
         if LOCAL_RANK == 0:
             sit.fetch(source)
@@ -562,8 +564,26 @@ def start_from(teacher, **inputs):
     return net.to(teacher.pos_embed.device)
 
 
+def means_of_steps(totals, steps, step):
+    """Sums over the last steps -> their means over these and all processes. Raises ValueError."""
+    if not totals.isfinite().all():
+        raise ValueError(f"step {step}: gradient not finite; the last checkpoint stands. Repeat "
+                         "the command with another --seed, for other draws, or a lower --lr")
+    return [mean_of_all(total / steps).item() for total in totals]
+
+
+def write_line(log, line):
+    """One line of the log, on the screen and in the file that process 0 holds."""
+    if RANK == 0:
+        text = json.dumps({name: round(value, 8) for name, value in line.items()})
+        tqdm.write(text)
+        print(text, file=log, flush=True)
+
+
 def save(folder, parts, settings, step, log):
     """student.pt, in the names of the released files; and ckpt.pt, which has the rest as well."""
+    if RANK > 0:
+        return
     ema = parts["ema"]
     file = {"ema": sit.released_names(ema.state_dict()), "config": ema.config,
             "gamma": settings["gamma"]}
@@ -607,18 +627,26 @@ def resume(folder, parts, settings):
 
 
 # ---- 9. Sampling ----
+CHUNK = 128 if GPU else 64  # samples at a time
+
+
 @torch.no_grad()
-def one_step(velocity, z, y, gamma):
+def one_step(student, z, y, gamma):
     """The student's samples f(z, 1), one evaluation each. z (B, ...), y (B,), gamma a number."""
     ones = torch.ones(len(z), device=z.device)
-    return flow_map(average_velocity(velocity, z, ones, y, gamma * ones), z, ones)
+    return flow_map(average_velocity(student, z, ones, y, gamma * ones), z, ones)
 
 
-def many_steps(velocity, z, y, gamma, null, steps=16, solver="heun", interval=(0.0, 1.0)):
+def many_steps(teacher, z, y, gamma, null, steps=16, solver="heun", interval=(0.0, 1.0)):
     """The teacher's samples, by a guided rollout. z (B, ...), y (B,), gamma a number."""
     def u(x, t):
-        return guided(velocity, x, t, y, gamma, null, interval)
+        return guided(teacher, x, t, y, gamma, null, interval)
     return rollout(u, z, steps, solver)
+
+
+def endpoint_error(x, phi):
+    """|x - φ| / |φ| of each sample. x, phi (B, ...) -> (B,)."""
+    return (x - phi).flatten(1).norm(dim=1) / phi.flatten(1).norm(dim=1)
 
 
 def to_uint8(x, decoder=None):
@@ -663,8 +691,8 @@ def sample(s):
     s.folder.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=s.folder).close()  # fails now if the folder cannot be written
     clock, images = time.perf_counter(), None
-    for first in tqdm(range(0, count, WORLD * CHUNK), file=sys.stdout, disable=None):
-        rows = range(first, min(first + WORLD * CHUNK, count))  # of all processes
+    for start in tqdm(range(0, count, WORLD * CHUNK), file=sys.stdout, disable=None):
+        rows = range(start, min(start + WORLD * CHUNK, count))  # of all processes
         mine = rows[RANK * len(rows) // WORLD:(RANK + 1) * len(rows) // WORLD]
         y = torch.tensor([labels[i % len(labels)] for i in mine], dtype=torch.long)
         x = sampler(noises(s.seed, mine, shape).to(device), y.to(device))
@@ -675,7 +703,7 @@ def sample(s):
         if RANK == 0:
             if images is None:
                 images = part.new_empty((count, *part.shape[1:]))
-            images[first:first + len(rows)] = torch.cat(parts)
+            images[start:start + len(rows)] = torch.cat(parts)
     if RANK == 0:
         seconds, y = time.perf_counter() - clock, np.resize(labels, count)
         sit.write(path, partial(np.savez, arr_0=images.numpy(), arr_1=y))
@@ -696,7 +724,10 @@ def main(argv):
         # TF32 has 10 bits: enough for training, too few for a finite difference.
         tf32 = s.derivative == "jvp"
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-        sample(s) if s.sample or s.rollout else train(s)
+        if s.sample or s.rollout:
+            sample(s)
+        else:
+            train(s)
         any_process()  # process 0 may be busy still
         return 0
     except torch.OutOfMemoryError:

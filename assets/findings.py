@@ -203,7 +203,7 @@ def measure_student(args, folder):
     path = samples(args, folder / "samples.npz", weights, f"--sample {args.count} --ckpt {weights}")
     z, y, phi = reference(min(256, args.count))
     x = fmd.one_step(sit.load(weights)[0], z, y, GAMMA)
-    error = (x - phi).flatten(1).norm(dim=1) / phi.flatten(1).norm(dim=1)
+    error = fmd.endpoint_error(x, phi)
     return measure(path, args) | {"endpoint error": error.mean().item()}
 
 
