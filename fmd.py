@@ -385,6 +385,17 @@ warmup decay_from ema bf16""".split()
 FREE = ["steps", "lr", "online_lr", "seed"]
 
 
+def within(kind, low, high=1e9):
+    """A type of argparse: an int or a float, from low to high."""
+    def number(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} must be from {low:g} to {high:g}")
+        return value
+    number.__name__ = kind.__name__  # argparse names it in its messages
+    return number
+
+
 def parse(argv):
     """The command line -> a namespace of settings. Bad input exits with one line and code 2."""
     # --res is read before the rest: it chooses the defaults of the other flags.
@@ -397,13 +408,9 @@ def parse(argv):
     # All processes read the same flags: one of them complains.
     parser.error = lambda text: parser.exit(2, f"fmd.py: {text}\n" if RANK == 0 else None)
 
-    limits = {}
-
-    def add(flag, default, meaning, type=None, low=None, high=1e9, **more):
+    def add(flag, default, meaning, type=None, **more):
         help = meaning if default is None else f"{meaning} (%(default)s)"
-        name = parser.add_argument(flag, default=default, type=type, help=help, **more).dest
-        if low is not None:
-            limits[name] = low, high
+        parser.add_argument(flag, default=default, type=type, help=help, **more)
 
     switch = argparse.BooleanOptionalAction
     add("--res", 28, "28: pixels of any size; 256, 512: latents; sets defaults", int,
@@ -413,48 +420,43 @@ def parse(argv):
     add("--convention", None, "a file's clock and sign, if not found", choices=("sit", "repa"))
     add("--out", None, "folder (default: out/RES)")
     add("--device", "cuda" if GPU else "cpu", "cpu, cuda or cuda:N")
-    # Method. The defaults are those of 256 and 512. After a type: the least and the largest value.
-    add("--steps", 100_000, "optimiser steps [paper]", int, 1)
-    add("--batch", 256, "samples a step, of all processes [paper]", int, 1)
-    add("--correction", 0.25, "correction's share of the batch [paper]", float, 0, 1)
-    add("--k", 1.0, "exponent of the weights [paper]", float, 0)
-    add("--alpha", 1.0, "strength of correction [paper]", float, 0)
-    add("--gamma", [1.0, 2.0], "range of γ in training", float, 0, nargs=2)
-    add("--interval", [0.0, 1.0], "t at which the teacher is guided", float, 0, 1, nargs=2)
-    add("--cut", 0.7, "in correction it is guided for r from 0 to this [paper]", float, 0, 1)
-    add("--r-location", 0.8, "location of the logit of r [paper]", float, -1e9)
-    add("--r-scale", 1.0, "its scale", float, 0)
+    # Method. The defaults are those of 256 and 512.
+    add("--steps", 100_000, "optimiser steps [paper]", within(int, 1))
+    add("--batch", 256, "samples a step, of all processes [paper]", within(int, 1))
+    add("--correction", 0.25, "correction's share of the batch [paper]", within(float, 0, 1))
+    add("--k", 1.0, "exponent of the weights [paper]", within(float, 0))
+    add("--alpha", 1.0, "strength of correction [paper]", within(float, 0))
+    add("--gamma", [1.0, 2.0], "range of γ in training", within(float, 0), nargs=2)
+    add("--interval", [0.0, 1.0], "t at which the teacher is guided", within(float, 0, 1), nargs=2)
+    add("--cut", 0.7, "in correction it is guided up to this r [paper]", within(float, 0, 1))
+    add("--r-location", 0.8, "location of the logit of r [paper]", within(float, -1e9))
+    add("--r-scale", 1.0, "its scale", within(float, 0))
     add("--derivative", "jvp", "∂F/∂δ: exact, or a finite difference", choices=("jvp", "fd"))
     # Optimisation.
-    add("--lr", 1e-4, "peak rate of the student", float, 0)
-    add("--online-lr", 1e-4, "peak rate of g", float, 0)
-    add("--warmup", 1000, "steps up to the peak", int, 0)
-    add("--decay-from", 1.0, "share of the steps before the fall to 0", float, 0, 1)
-    add("--ema", 0.9999, "decay of the student's average", float, 0, 1)
-    add("--seed", 0, "of every draw", int, 0, 2**63 - 1)
+    add("--lr", 1e-4, "peak rate of the student", within(float, 0))
+    add("--online-lr", 1e-4, "peak rate of g", within(float, 0))
+    add("--warmup", 1000, "steps up to the peak", within(int, 0))
+    add("--decay-from", 1.0, "share of the steps before the fall to 0", within(float, 0, 1))
+    add("--ema", 0.9999, "decay of the student's average", within(float, 0, 1))
+    add("--seed", 0, "of every draw", within(int, 0, 2**63 - 1))
     add("--bf16", GPU, "networks compute in bfloat16", action=switch)
     add("--compile", GPU, "torch.compile the blocks and the derivative", action=switch)
     add("--checkpointing", False, "recompute activations, to save memory", action=switch)
     # Housekeeping.
-    add("--log-every", 50, "steps between lines of the log", int, 1)
-    add("--save-every", 5000, "steps between checkpoints and endpoint errors", int, 1)
-    add("--eval-samples", 64, "noises of an endpoint error", int, 1)
+    add("--log-every", 50, "steps between lines of the log", within(int, 1))
+    add("--save-every", 5000, "steps between checkpoints and endpoint errors", within(int, 1))
+    add("--eval-samples", 64, "noises of an endpoint error", within(int, 1))
     # Sampling, in place of training.
-    add("--sample", None, "N samples of the student", int, 1)
-    add("--rollout", None, "N samples of the teacher", int, 1)
+    add("--sample", None, "N samples of the student", within(int, 1))
+    add("--rollout", None, "N samples of the teacher", within(int, 1))
     add("--ckpt", None, "the student (default: OUT/student.pt)")
-    add("--guidance", 1.5, "γ of the samples", float, 0)
+    add("--guidance", 1.5, "γ of the samples", within(float, 0))
     add("--labels", "balanced", "balanced, one label (7) or a range (0-9)")
     add("--solver", "heun", "solver of the rollout", choices=("heun", "euler"))
-    add("--rollout-steps", 32, "its steps", int, 1)
+    add("--rollout-steps", 32, "its steps", within(int, 1))
     parser.set_defaults(**preset)
     s = parser.parse_args(argv)
 
-    for name, (low, high) in limits.items():
-        value = getattr(s, name)
-        if value is not None and not all(low <= v <= high for v in np.atleast_1d(value)):
-            flag = name.replace("_", "-")
-            parser.error(f"--{flag} {value}: must be from {low} to {high}")
     for name, (low, high) in {"gamma": s.gamma, "interval": s.interval}.items():
         if low > high:
             parser.error(f"--{name} {low} {high}: the lower end comes first")
