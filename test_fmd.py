@@ -1127,8 +1127,11 @@ def test_main_job_writes_what_it_promises_and_samples_by_the_authors_rule(work, 
     "--interval 0.2 0.8", "--ema 0 --warmup 0 --decay-from 1", "--bf16 --derivative jvp"])
 def test_every_setting_trains(work, extra):
     run(*SMALL, "--steps", 2, *extra.split())
-    for term, without in (("prediction", "--correction 1"), ("correction", "--correction 0")):
-        assert (logged("out/28", term)[-1] == 0) == (extra == without)
+    last = {term: logged("out/28", term)[-1] for term in
+            ("prediction", "correction", "online", "lambda", "student_norm", "online_norm")}
+    absent = {"--correction 0": {"correction", "online", "online_norm"}, "--correction 1": {"prediction"}}
+    assert {term for term, value in last.items() if value == 0} == absent.get(extra, set())
+    assert last["lambda"] == 0.5 or extra not in absent         # α, where a part is empty
 
 def test_sampling_commands(work):
     student = tiny(shape=(1, 8, 8), classes=10, **STUDENT)
