@@ -5,8 +5,8 @@ A pretrained flow model (the teacher) makes a sample by integrating its velocity
 in tens to hundreds of network evaluations. A flow map (the student) jumps along the path in one.
 This file distils one into the other without data: training states come from the prior, where all
 paths start, or are the student's own predictions. *Prediction* makes the student's path follow the
-teacher's velocity. *Correction* matches the velocity that noises the student's samples to the
-teacher's.
+teacher's velocity. Its errors add up along the path. *Correction* makes the velocity of the
+student's noised samples match the teacher's.
 
 Time: t = 1 IS NOISE, t = 0 IS DATA. Velocities point from noise to data.
 
@@ -22,10 +22,10 @@ Time: t = 1 IS NOISE, t = 0 IS DATA. Velocities point from noise to data.
   ∂F/∂δ      F_dot          its derivative in δ at fixed z                       like z
   f(z, δ)    flow_map       z + δ F(z, δ), the path after δ; f(z, 1) is a sample like z
   φ          phi            the teacher's sample of z, by a rollout              like z
-  v_G        velocity       ∂f/∂δ = F + δ ∂F/∂δ, of the student's path           like z
+  v_G        v_G            ∂f/∂δ = F + δ ∂F/∂δ, of the student's path           like z
   n, r       n, r           fresh noise; the time of a noised sample             like x; (B,)
   x_r        x_r            I_r(x, n) = (1 - r) x + r n                          like x
-  v_N        velocity       E[x - n | x_r], of the student's noised samples      like x
+  v_N        v_N            E[x - n | x_r], of the student's noised samples      like x
   g(x_r, r)  g              online network, learns v_N during training           like x
   Δ_G        residual_p     v_G - u, the residual of prediction                  like x
   Δ_N        residual_c     v_N - u, the residual of correction                  like x
@@ -116,14 +116,14 @@ def expand(t, x):
     return t.view(-1, *[1] * (x.ndim - 1))
 
 
-def guided(velocity, x, t, y, gamma, null, interval=(0.0, 1.0)):
-    """Classifier-free guidance u(x|∅) + γ (u(x|y) - u(x|∅)), by one call of velocity(x, t, y).
+def guided(net, x, t, y, gamma, null, interval=(0.0, 1.0)):
+    """Classifier-free guidance u(x|∅) + γ (u(x|y) - u(x|∅)), by one call of net(x, t, y).
     x (B, ...); t, y (B,); gamma (B,) or a number; null, the index of ∅ -> like x. γ is 1, no
     guidance, for t outside the interval. All channels are guided (the DiT code guides three)."""
     low, high = interval
     gamma = torch.where((low <= t) & (t <= high), gamma, 1.0)
     labels = torch.cat([y, torch.full_like(y, null)])
-    u_y, u_null = velocity(torch.cat([x, x]), torch.cat([t, t]), labels).chunk(2)  # of (2B, ...)
+    u_y, u_null = net(torch.cat([x, x]), torch.cat([t, t]), labels).chunk(2)  # of (2B, ...)
     return u_null + expand(gamma, x) * (u_y - u_null)
 
 
@@ -178,11 +178,12 @@ def prediction(F_z, F_dot, u, z, delta):
     """Prediction (paper, Eq. 7 to 9) -> the residual Δ_G = v_G - u(f(z, δ), 1 - δ), like z.
     A perfect student has δ F(z, δ) = ∫ u along the path. The derivative of both sides in δ is
     F + δ ∂F/∂δ = u(f, 1 - δ): the teacher's velocity at the *student's* own state.
+    No gradient passes through the residual, as in MeanFlow (arXiv 2505.13447).
     F_z = F(z, δ), F_dot = ∂F/∂δ, z (B, ...); delta (B,); u(x, t).
-    If you copy this: u has t = 1 at noise and points to data. With a wrong clock or sign the loss
-    still falls, and the samples are garbage."""
-    velocity = F_z + expand(delta, z) * F_dot
-    return velocity - u(flow_map(F_z, z, delta), 1 - delta)
+    If you copy this: u has t = 1 at noise and points to data. With a wrong clock or sign the
+    residual still shrinks, and the samples are garbage."""
+    v_G = F_z + expand(delta, z) * F_dot
+    return v_G - u(flow_map(F_z, z, delta), 1 - delta)
 
 
 def correction(F_z, u, g, z, n, r):
@@ -195,10 +196,10 @@ def correction(F_z, u, g, z, n, r):
     If you copy this: g starts from the teacher's weights, and this loss alone trains it."""
     x = flow_map(F_z, z, torch.ones_like(r)).detach()  # g's loss moves g alone
     x_r = (1 - expand(r, x)) * x + expand(r, x) * n
-    velocity = g(x_r, r)
-    online_loss = mean_square(velocity - (x - n))
+    v_N = g(x_r, r)
+    online_loss = mean_square(v_N - (x - n))
     with torch.no_grad():
-        residual = velocity - u(x_r, r)
+        residual = v_N - u(x_r, r)
     return residual, online_loss
 
 
@@ -208,9 +209,9 @@ def mean_square(x):
 
 
 def weighted(residual, k=1.0, eps=1e-3):
-    """w Δ, with w = 1 / (|Δ|²/d + ε)^k for a sample of d numbers (paper, Table 1; ε is ours). At
-    k = 0 large residuals pull most, at k = 1 least, so a few do not outweigh the rest.
-    residual (B, ...) -> like it."""
+    """w Δ, with w = 1 / (|Δ|²/d + ε)^k for a sample of d numbers (paper, Table 1; ε is ours). |w Δ|
+    goes as |Δ|^(1 - 2k): at k = 0 large residuals pull most, at 0.5 all pull equally, at 1 small
+    ones pull most, down to |Δ|²/d = ε. residual (B, ...) -> like it."""
     size = residual.flatten(1).square().mean(1)  # (B,)
     return residual / expand((size + eps) ** k, residual)
 
@@ -218,18 +219,17 @@ def weighted(residual, k=1.0, eps=1e-3):
 def student_loss(F_p, residual_p, F_c, residual_c, k=1.0, alpha=1.0, mean=torch.mean):
     """-> loss, λ. The loss is the mean over all numbers of F_p · sg(w Δ_G) and F_c · sg(λ w Δ_N).
     Its value says nothing. Its gradient in F is w Δ, as that of |F - sg(F - w Δ)|²/2 would be: so
-    descent moves F against its residual. λ = α min(10, E|w Δ_G| / (E|w Δ_N| + 1e-6)): at α = 1 rows
-    of both pull equally hard [paper; that w comes first is ours, and the 10]. λ is α if a part is
-    empty. F_p, residual_p (P, ...); F_c, residual_c (C, ...). `mean` maps (B,) to a number: with
-    several processes, the mean over all of them."""
+    descent moves F against its residual. λ makes rows of both pull equally hard at α = 1 [paper;
+    that w comes first is ours]; it is α if a part is empty. F_p, residual_p (P, ...); F_c,
+    residual_c (C, ...). `mean` maps (B,) to a number: with several processes, the mean over all."""
     weighted_p = weighted(residual_p, k).detach()  # sg
     weighted_c = weighted(residual_c, k).detach()
     lam = weighted_p.new_full((), alpha)
     if len(weighted_p) and len(weighted_c):
         norm_p = mean(weighted_p.flatten(1).norm(dim=1))
         norm_c = mean(weighted_c.flatten(1).norm(dim=1))
-        # The 10: g starts as the teacher, so without guidance Δ_N is rounding at the first step,
-        # and λ must not scale that up to the size of Δ_G. Later the ratio is about 1.
+        # [ours] At most 10. Later it is about 1, but g starts as the teacher: without guidance Δ_N
+        # is rounding at the first step, which must not be scaled up to the size of Δ_G.
         lam = alpha * (norm_p / (norm_c + 1e-6)).clamp(max=10)
     total = (F_p * weighted_p).sum() + (F_c * lam * weighted_c).sum()
     return total / (F_p.numel() + F_c.numel()), lam
@@ -246,12 +246,12 @@ def train(s):
     teacher, _, decoder = load(s.teacher, s.res, s.convention, s.vae, device)
     shape, classes = teacher.config["shape"], teacher.config["classes"]
     null = classes  # ∅ comes after the last class
-    torch.manual_seed(s.seed)  # for the new embedders, whose last layers are zero,
-    student = start_from(teacher, delta=True, gamma=True)  # so F(z, δ) starts as u(z, 1)
+    torch.manual_seed(s.seed)  # for the embedders of δ and γ, whose last layers are zero
+    student = start_from(teacher, delta=True, gamma=True)  # F(z, δ) starts as u(z, 1)
     g = start_from(teacher, gamma=True)  # it sees γ, like the student [ours]
     ema = start_from(student).requires_grad_(False)
 
-    # ---- One optimiser, two rates [ours, like clipping at 1 below].
+    # ---- One optimiser, two rates, which each step sets [ours, like clipping at 1 below].
     groups = [{"params": student.parameters()}, {"params": g.parameters()}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0, fused=True)
 
@@ -269,7 +269,8 @@ def train(s):
         print("compiling")
         for block in (*teacher.blocks, *student.blocks, *g.blocks):
             block.compile(dynamic=False)
-        derivative = torch.compile(duration_derivative, dynamic=False)
+        derivative = torch.compile(duration_derivative, dynamic=False)  # traced once: F's code is
+        # the same in each step, its rows are inputs of the graph
     # With --bf16 networks compute in bfloat16. They return float32, so the objectives are in it.
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=s.bf16)
 
@@ -306,9 +307,8 @@ def train(s):
         one = torch.ones_like(c.r)
 
         # ---- The networks on these rows, as functions of a state and its time or duration.
-        # F, for the derivative, is the bare student: a JVP cannot pass through DDP's wrapper. u_c
-        # has an interval of its own: the paper's FID is best if correction is unguided above it.
-        # To torch.compile p and c are inputs of these functions, so it traces them once.
+        # F, for the derivative, is the bare student: a JVP cannot pass through DDP's wrapper. The
+        # two teachers differ: by the paper's FID correction is better unguided above r = cut.
         def F(z, delta): return average_velocity(student, z, delta, p.y, p.gamma)
         def u_p(x, t): return guided(teacher, x, t, p.y, p.gamma, null, s.interval)
         def u_c(x, t): return guided(teacher, x, t, c.y, c.gamma, null, (0.0, s.cut))
@@ -560,7 +560,7 @@ def load(source, res, convention, vae, device, student=False):
 
 
 def start_from(teacher, **inputs):
-    """A network with the teacher's weights and added inputs, whose embedders start at zero."""
+    """A network with the teacher's weights and added inputs, whose embedders give 0 at first."""
     net = sit.SiT(**teacher.config | inputs)
     net.load_state_dict(net.state_dict() | teacher.state_dict())
     return net.to(teacher.pos_embed.device)
@@ -621,7 +621,7 @@ def resume(folder, parts, settings):
             raise ValueError(f"{path}: not of this run ({sit.reason(e)})") from None
         if changed:
             print(f"note: up to step {step} this run had {changed}; the rate may jump here")
-    if mean_of_all(torch.tensor(float(step))) != step:
+    if mean_of_all(torch.tensor(float(step))) != step:  # some process read another step, or none
         raise ValueError(f"--out {folder}: all processes must see it")
     if log:
         log.truncate(min(log.tell(), log_size))
@@ -677,7 +677,8 @@ def sample(s):
     net, info, decoder = load(source, s.res, s.convention, s.vae, device, bool(s.sample))
     shape, null = net.config["shape"], net.config["classes"]
 
-    ends = re.fullmatch(r"(\d+)(?:-(\d+))?", s.labels.replace("balanced", f"0-{null - 1}"))
+    text = f"0-{null - 1}" if s.labels == "balanced" else s.labels
+    ends = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
     labels = range(int(ends[1]), int(ends[2] or ends[1]) + 1) if ends else ()
     if not labels or labels[-1] >= null:
         raise ValueError(f"--labels {s.labels}: give N or LOW-HIGH below {null}")
