@@ -189,8 +189,8 @@ def prediction(F_z, F_dot, u, z, delta):
 def correction(F_z, u, g, z, n, r):
     """Correction (paper, Eq. 10 and 11) -> the residual Δ_N = v_N - u(x_r, r), like z; g's loss.
     v_N is the velocity, from noise to data, of the student's samples under noise. It has no
-    formula: g learns it by flow matching on these samples. Δ_N is r / (1 - r) times the student's
-    score minus the teacher's, both at noise r. Moving samples along -Δ_N lowers the KL divergence
+    formula: g learns it by flow matching on these samples. Δ_N is r / (1 - r) times (the student's
+    score minus the teacher's), both at noise r. Moving samples along -Δ_N lowers the KL divergence
     of the noised distributions (exactly so at γ = 1). F_z = F(z, 1), z, n (B, ...); r (B,);
     u(x, t), g(x, t).
     If you copy this: g starts from the teacher's weights, and this loss alone trains it."""
@@ -218,9 +218,9 @@ def weighted(residual, k=1.0, eps=1e-3):
 
 def student_loss(F_p, residual_p, F_c, residual_c, k=1.0, alpha=1.0, mean=torch.mean):
     """-> loss, λ. The loss is the mean over all numbers of F_p · sg(w Δ_G) and F_c · sg(λ w Δ_N).
-    Its value says nothing. Its gradient in F is w Δ, as that of |F - sg(F - w Δ)|²/2 would be: so
-    descent moves F against its residual. λ makes rows of both pull equally hard at α = 1 [paper;
-    that w comes first is ours]; it is α if a part is empty. F_p, residual_p (P, ...); F_c,
+    Its value says nothing. Its gradient in F is proportional to w Δ, as that of |F - sg(F - w Δ)|²
+    is: descent moves F against its residual. λ makes rows of both pull equally hard at α = 1
+    [paper; that w comes first is ours]; it is α if a part is empty. F_p, residual_p (P, ...); F_c,
     residual_c (C, ...). `mean` maps (B,) to a number: with several processes, the mean over all."""
     weighted_p = weighted(residual_p, k).detach()  # sg
     weighted_c = weighted(residual_c, k).detach()
@@ -228,9 +228,10 @@ def student_loss(F_p, residual_p, F_c, residual_c, k=1.0, alpha=1.0, mean=torch.
     if len(weighted_p) and len(weighted_c):
         norm_p = mean(weighted_p.flatten(1).norm(dim=1))
         norm_c = mean(weighted_c.flatten(1).norm(dim=1))
-        # [ours] At most 10. Later it is about 1, but g starts as the teacher: without guidance Δ_N
-        # is rounding at the first step, which must not be scaled up to the size of Δ_G.
-        lam = alpha * (norm_p / (norm_c + 1e-6)).clamp(max=10)
+        ratio = norm_p / (norm_c + 1e-6)  # about 1 in training
+        # [ours] At most 10: g starts as the teacher, so without guidance Δ_N is rounding at the
+        # first step, which must not be scaled up to the size of Δ_G.
+        lam = alpha * ratio.clamp(max=10)
     total = (F_p * weighted_p).sum() + (F_c * lam * weighted_c).sum()
     return total / (F_p.numel() + F_c.numel()), lam
 
@@ -269,16 +270,15 @@ def train(s):
         print("compiling")
         for block in (*teacher.blocks, *student.blocks, *g.blocks):
             block.compile(dynamic=False)
-        derivative = torch.compile(duration_derivative, dynamic=False)  # traced once: F's code is
-        # the same in each step, its rows are inputs of the graph
+        # Traced once: F's code is the same in each step, and its rows are inputs of the graph.
+        derivative = torch.compile(duration_derivative, dynamic=False)
     # With --bf16 networks compute in bfloat16. They return float32, so the objectives are in it.
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=s.bf16)
 
     # ---- DDP. It averages gradients over the processes, in passes that go through its wrapper.
     ddp_student, ddp_g = student, g
     if WORLD > 1:
-        # Without the first flag DDP sums in another order after its first step, and a resumed run
-        # would differ by rounding. On a GPU it does so anyway.
+        # The first flag keeps DDP's order of sums, so that resuming is exact on a CPU.
         flags = dict(find_unused_parameters=device.type == "cpu", gradient_as_bucket_view=True)
         ddp_student, ddp_g = DDP(student, **flags), DDP(g, **flags)
 
@@ -307,8 +307,8 @@ def train(s):
         one = torch.ones_like(c.r)
 
         # ---- The networks on these rows, as functions of a state and its time or duration.
-        # F, for the derivative, is the bare student: a JVP cannot pass through DDP's wrapper. The
-        # two teachers differ: by the paper's FID correction is better unguided above r = cut.
+        # F, for the derivative, is the bare student: a JVP cannot pass through DDP's wrapper.
+        # u_c is guided up to r = cut: above it guidance costs the paper FID.
         def F(z, delta): return average_velocity(student, z, delta, p.y, p.gamma)
         def u_p(x, t): return guided(teacher, x, t, p.y, p.gamma, null, s.interval)
         def u_c(x, t): return guided(teacher, x, t, c.y, c.gamma, null, (0.0, s.cut))
@@ -344,7 +344,7 @@ def train(s):
                  "student_norm": student_norm, "online_norm": online_norm}
         totals = totals + torch.stack([*terms.values()])
         done = step + 1
-        stopping = any_process(stopped.is_set() or WORLD > 1 and os.getppid() != launcher)
+        stopping = any_process(stopped.is_set() or (WORLD > 1 and os.getppid() != launcher))
         saving = stopping or done == s.steps or done % s.save_every == 0
         if saving or done % s.log_every == 0:
             line = dict(zip(terms, means_of_steps(totals, done - logged, done)))
@@ -373,7 +373,7 @@ def train(s):
 # How the preset of each --res differs from the defaults below.
 PRESETS = {
     28: dict(teacher="assets/teacher-mnist.pt", steps=1750, batch=32, lr=1e-3, online_lr=1e-3,
-             alpha=0.5, r_location=0.4, cut=1.0, warmup=20, decay_from=0.3, ema=0.99,
+             alpha=0.3, r_location=0.4, cut=1.0, warmup=20, decay_from=0.3, ema=0.99,
              derivative="fd", bf16=False, compile=False,
              eval_samples=256, log_every=25, save_every=500),
     256: dict(teacher="SiT-XL/2"),
@@ -409,7 +409,9 @@ def parse(argv):
     parser.error = lambda text: parser.exit(2, f"fmd.py: {text}\n" if RANK == 0 else None)
 
     def add(flag, default, meaning, type=None, **more):
-        help = meaning if default is None else f"{meaning} (%(default)s)"
+        help = meaning.replace("[paper]", f"[paper: {default}]")
+        if default is not None:
+            help += " (%(default)s)"  # the preset's
         parser.add_argument(flag, default=default, type=type, help=help, **more)
 
     switch = argparse.BooleanOptionalAction
@@ -427,7 +429,7 @@ def parse(argv):
     add("--k", 1.0, "exponent of the weights [paper]", within(float, 0))
     add("--alpha", 1.0, "strength of correction [paper]", within(float, 0))
     add("--gamma", [1.0, 2.0], "range of γ in training", within(float, 0), nargs=2)
-    add("--interval", [0.0, 1.0], "t at which the teacher is guided", within(float, 0, 1), nargs=2)
+    add("--interval", [0.0, 1.0], "t of guidance, but for correction", within(float, 0, 1), nargs=2)
     add("--cut", 0.7, "in correction it is guided up to this r [paper]", within(float, 0, 1))
     add("--r-location", 0.8, "location of the logit of r [paper]", within(float, -1e9))
     add("--r-scale", 1.0, "its scale", within(float, 0))
@@ -590,7 +592,7 @@ def save(folder, parts, settings, step, log):
     file = {"ema": sit.released_names(ema.state_dict()), "config": ema.config,
             "gamma": settings["gamma"]}
     sit.write(folder / "student.pt", partial(torch.save, file))
-    file |= {name: part.state_dict() for name, part in parts.items()}
+    file |= {name: part.state_dict() for name, part in parts.items()}  # ema: in our names
     file |= {"settings": settings, "step": step, "log_size": log.tell()}
     sit.write(folder / "ckpt.pt", partial(torch.save, file))
 
