@@ -240,7 +240,7 @@ def student_loss(F_p, residual_p, F_c, residual_c, k=1.0, alpha=1.0, mean=torch.
 def train(s):
     """Distil. s: the settings of section 6. Writes student.pt, ckpt.pt, metrics.jsonl and pairs.png
     to s.folder. The same command, repeated, goes on from ckpt.pt. Each of WORLD processes runs
-    this, on its rows of the batch; only that with RANK 0 prints and writes (section 7)."""
+    this, on its rows of the batch; only the one with RANK 0 prints and writes (section 7)."""
     device = join(s.device)
 
     # ---- Networks. Student, g and the student's average start from the teacher's weights.
@@ -308,7 +308,7 @@ def train(s):
 
         # ---- The networks on these rows, as functions of a state and its time or duration.
         # F, for the derivative, is the bare student: a JVP cannot pass through DDP's wrapper.
-        # u_c is guided up to r = cut: above it guidance costs the paper FID.
+        # u_c is guided up to r = cut: guidance above it worsens the paper's FID.
         def F(z, delta): return average_velocity(student, z, delta, p.y, p.gamma)
         def u_p(x, t): return guided(teacher, x, t, p.y, p.gamma, null, s.interval)
         def u_c(x, t): return guided(teacher, x, t, c.y, c.gamma, null, (0.0, s.cut))
@@ -592,7 +592,7 @@ def save(folder, parts, settings, step, log):
     file = {"ema": sit.released_names(ema.state_dict()), "config": ema.config,
             "gamma": settings["gamma"]}
     sit.write(folder / "student.pt", partial(torch.save, file))
-    file |= {name: part.state_dict() for name, part in parts.items()}  # ema: in our names
+    file |= {name: part.state_dict() for name, part in parts.items()}  # ema now in our names
     file |= {"settings": settings, "step": step, "log_size": log.tell()}
     sit.write(folder / "ckpt.pt", partial(torch.save, file))
 
