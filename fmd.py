@@ -10,29 +10,17 @@ student's noised samples match the teacher's.
 
 Time: t = 1 IS NOISE, t = 0 IS DATA. Velocities point from noise to data.
 
-  symbol     in the code    meaning                                              shape, range
-  z          z              prior sample, standard normal                        (B, ...)
-  y, ∅       y, null        class label, null label                              (B,)
-  γ          gamma          guidance strength; 1 is no guidance                  (B,)
-  t          t              time                                                 (B,), 0 to 1
-  δ          delta          duration, from t = 1 to t = 1 - δ                    (B,), 0 to 1
-  u(x, t)    u              the teacher's velocity, dx/dδ along its path         like x
-  F(z, δ)    F              the student: average velocity over the first δ of
-                            the path that starts at z                            like z
-  ∂F/∂δ      F_dot          its derivative in δ at fixed z                       like z
-  f(z, δ)    flow_map       z + δ F(z, δ), the path after δ; f(z, 1) is a sample like z
-  φ          phi            the teacher's sample of z, by a rollout              like z
-  v_G        v_G            ∂f/∂δ = F + δ ∂F/∂δ, of the student's path           like z
-  n, r       n, r           fresh noise; the time of a noised sample             like x; (B,)
-  x_r        x_r            I_r(x, n) = (1 - r) x + r n                          like x
-  v_N        v_N            E[x - n | x_r], of the student's noised samples      like x
-  g(x_r, r)  g              online network, learns v_N during training           like x
-  Δ_G        residual_p     v_G - u, the residual of prediction                  like x
-  Δ_N        residual_c     v_N - u, the residual of correction                  like x
-  w Δ, λ     weighted, lam  residual times its weight; weight of correction      like x; ()
+  z          a sample of the prior, standard normal (B, ...); a path starts there
+  y, ∅       its class label (B,); the null label, which stands for "any class"
+  γ, gamma   guidance strength (B,); 1 is no guidance
+  δ, delta   duration (B,), from t = 1 to t = 1 - δ
+  u(x, t)    the teacher: velocity at x, guided by γ
+  F(z, δ)    the student: average velocity over the first δ of the path from z
+  f(z, δ)    flow_map, z + δ F(z, δ): the path after δ. f(z, 1) is a sample
+  g(x, r)    the online network, trained beside the student: velocity of its samples under noise r
 
-u, F and g depend on y and γ as well. A name ending in _p or _c holds rows of prediction (the
-paper's G) or of correction (its N).
+u, F and g depend on y and γ as well. A name that ends in _p holds rows of prediction (the paper's
+index G), in _c rows of correction (the paper's N).
 
 Launch:
   python fmd.py                                            distil the bundled teacher, or resume
@@ -175,31 +163,32 @@ def duration_derivative(F, z, delta, F_z=None, method="jvp", h=5e-3):
 # ---- 4. The objectives: residuals, a velocity of the student minus the teacher's ----
 @torch.no_grad()
 def prediction(F_z, F_dot, u, z, delta):
-    """Prediction (paper, Eq. 7 to 9) -> the residual Δ_G = v_G - u(f(z, δ), 1 - δ), like z.
-    A perfect student has δ F(z, δ) = ∫ u along the path. The derivative of both sides in δ is
-    F + δ ∂F/∂δ = u(f, 1 - δ): the teacher's velocity at the *student's* own state.
-    No gradient passes through the residual, as in MeanFlow (arXiv 2505.13447).
-    F_z = F(z, δ), F_dot = ∂F/∂δ, z (B, ...); delta (B,); u(x, t).
+    """Prediction (paper, Eq. 7 to 9) -> its residual v - u(f(z, δ), 1 - δ), like z. The paper: Δ_G.
+    v = ∂f/∂δ = F + δ ∂F/∂δ is the velocity of the student's path, u is the teacher's at the
+    *student's* own state. A perfect student has δ F(z, δ) = ∫ u along the path. The derivative of
+    both sides in δ is v = u. No gradient passes through the residual, as in MeanFlow (arXiv
+    2505.13447). F_z = F(z, δ), F_dot = ∂F/∂δ, z (B, ...); delta (B,); u(x, t).
     If you copy this: u has t = 1 at noise and points to data. With a wrong clock or sign the
     residual still shrinks, and the samples are garbage."""
-    v_G = F_z + expand(delta, z) * F_dot
-    return v_G - u(flow_map(F_z, z, delta), 1 - delta)
+    v = F_z + expand(delta, z) * F_dot
+    return v - u(flow_map(F_z, z, delta), 1 - delta)
 
 
 def correction(F_z, u, g, z, n, r):
-    """Correction (paper, Eq. 10 and 11) -> the residual Δ_N = v_N - u(x_r, r), like z; g's loss.
-    v_N is the velocity, from noise to data, of the student's samples under noise. It has no
-    formula: g learns it by flow matching on these samples. Δ_N is r / (1 - r) times (the student's
-    score minus the teacher's), both at noise r. Moving samples along -Δ_N lowers the KL divergence
-    of the noised distributions (exactly so at γ = 1). F_z = F(z, 1), z, n (B, ...); r (B,);
-    u(x, t), g(x, t).
+    """Correction (paper, Eq. 10 and 11) -> its residual v - u(x_r, r), like z. The paper: Δ_N. And
+    the loss of g. x = f(z, 1) is a sample of the student, x_r = (1 - r) x + r n the same under
+    noise, v = E[x - n | x_r] the velocity of the student's samples from noise to data. v has no
+    formula: g learns it by flow matching. The residual is r / (1 - r) times (the student's score
+    minus the teacher's), both at noise r. Moving samples against it lowers the KL divergence of the
+    noised distributions (exactly so at γ = 1).
+    F_z = F(z, 1), z, n (B, ...); r (B,); u(x, t), g(x, t).
     If you copy this: g starts from the teacher's weights, and this loss alone trains it."""
     x = flow_map(F_z, z, torch.ones_like(r)).detach()  # g's loss moves g alone
     x_r = (1 - expand(r, x)) * x + expand(r, x) * n
-    v_N = g(x_r, r)
-    online_loss = mean_square(v_N - (x - n))
+    v = g(x_r, r)
+    online_loss = mean_square(v - (x - n))
     with torch.no_grad():
-        residual = v_N - u(x_r, r)
+        residual = v - u(x_r, r)
     return residual, online_loss
 
 
@@ -209,28 +198,30 @@ def mean_square(x):
 
 
 def weighted(residual, k=1.0, eps=1e-3):
-    """w Δ, with w = 1 / (|Δ|²/d + ε)^k for a sample of d numbers (paper, Table 1; ε is ours). |w Δ|
-    goes as |Δ|^(1 - 2k): at k = 0 large residuals pull most, at 0.5 all pull equally, at 1 small
-    ones pull most, down to |Δ|²/d = ε. residual (B, ...) -> like it."""
+    """w Δ of a residual Δ, with w = 1 / (|Δ|²/d + ε)^k for a sample of d numbers (paper, Table 1; ε
+    is ours). |w Δ| goes as |Δ|^(1 - 2k): at k = 0 large residuals pull most, at 0.5 all pull
+    equally, at 1 small ones pull most, down to |Δ|²/d = ε. residual (B, ...) -> like it."""
     size = residual.flatten(1).square().mean(1)  # (B,)
     return residual / expand((size + eps) ** k, residual)
 
 
 def student_loss(F_p, residual_p, F_c, residual_c, k=1.0, alpha=1.0, mean=torch.mean):
-    """-> loss, λ. The loss is the mean over all numbers of F_p · sg(w Δ_G) and F_c · sg(λ w Δ_N).
-    Its value says nothing. Its gradient in F is proportional to w Δ, as that of |F - sg(F - w Δ)|²
-    is: descent moves F against its residual. λ makes rows of both pull equally hard at α = 1
-    [paper; that w comes first is ours]; it is α if a part is empty. F_p, residual_p (P, ...); F_c,
-    residual_c (C, ...). `mean` maps (B,) to a number: with several processes, the mean over all."""
-    weighted_p = weighted(residual_p, k).detach()  # sg
+    """-> loss, λ. The loss is the mean, over all numbers of both, of F_p · w Δ_p and F_c · λ w Δ_c;
+    Δ_p, Δ_c are the residuals, which are constants here. Only its gradient in F has a meaning: it
+    is w Δ, up to a factor. So descent moves each F against its residual, as with the squared error
+    |F - sg(F - w Δ)|², where sg stops the gradient.
+    λ scales correction, so that rows of both pull equally hard at α = 1 [paper; that w comes first
+    is ours]. It is α if a part is empty. F_p, residual_p (P, ...); F_c, residual_c (C, ...).
+    `mean` maps (B,) to a number: with several processes, the mean over all."""
+    weighted_p = weighted(residual_p, k).detach()
     weighted_c = weighted(residual_c, k).detach()
     lam = weighted_p.new_full((), alpha)
     if len(weighted_p) and len(weighted_c):
         norm_p = mean(weighted_p.flatten(1).norm(dim=1))
         norm_c = mean(weighted_c.flatten(1).norm(dim=1))
         ratio = norm_p / (norm_c + 1e-6)  # about 1 in training
-        # [ours] At most 10: g starts as the teacher, so without guidance Δ_N is rounding at the
-        # first step, which must not be scaled up to the size of Δ_G.
+        # [ours] At most 10: g starts as the teacher, so without guidance residual_c is rounding at
+        # the first step, which must not be scaled up to the size of residual_p.
         lam = alpha * ratio.clamp(max=10)
     total = (F_p * weighted_p).sum() + (F_c * lam * weighted_c).sum()
     return total / (F_p.numel() + F_c.numel()), lam
@@ -260,7 +251,8 @@ def train(s):
     parts = {"student": student, "online": g, "ema": ema, "optimizer": optimizer}
     settings = {name: getattr(s, name) for name in FIXED + FREE}
     settings["teacher's checksum"] = sit.checksum(teacher)
-    first, log = resume(s.folder, parts, settings)
+    log = open_log(s.folder)
+    first = resume(s.folder, log, parts, settings)
     print(f"{vars(s)}\nfrom step {first}")
 
     # ---- Memory and compilation, block by block: DDP and checkpointing stay outside of the graphs.
@@ -370,15 +362,7 @@ def train(s):
 
 
 # ---- 6. Settings. [paper] marks the paper's values; the others, and the presets, are ours ----
-# How the preset of each --res differs from the defaults below.
-PRESETS = {
-    28: dict(teacher="assets/teacher-mnist.pt", steps=1750, batch=32, lr=1e-3, online_lr=1e-3,
-             alpha=0.3, r_location=0.4, cut=1.0, warmup=20, decay_from=0.3, ema=0.99,
-             derivative="fd", bf16=False, compile=False,
-             eval_samples=256, log_every=25, save_every=500),
-    256: dict(teacher="SiT-XL/2"),
-    512: dict(teacher="SiT-XL/2-512", checkpointing=True),
-}
+TEACHERS = {28: "assets/teacher-mnist.pt", 256: "SiT-XL/2", 512: "SiT-XL/2-512"}
 # A run resumes only with the same values of FIXED. It prints which of FREE differ.
 FIXED = """res convention batch correction k alpha gamma interval cut r_location r_scale derivative
 warmup decay_from ema bf16""".split()
@@ -398,66 +382,68 @@ def within(kind, low, high=1e9):
 
 def parse(argv):
     """The command line -> a namespace of settings. Bad input exits with one line and code 2."""
-    # --res is read before the rest: it chooses the defaults of the other flags.
-    early = argparse.ArgumentParser(add_help=False)
-    early.add_argument("--res", type=int, default=28)
-    preset = PRESETS.get(early.parse_known_args(argv)[0].res, {})
-
     parser = argparse.ArgumentParser("fmd.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     # All processes read the same flags: one of them complains.
     parser.error = lambda text: parser.exit(2, f"fmd.py: {text}\n" if RANK == 0 else None)
+    large, small = {}, {}  # the defaults of --res 256 and 512, and of 28
 
-    def add(flag, default, meaning, type=None, **more):
-        help = meaning.replace("[paper]", f"[paper: {default}]")
-        if default is not None:
-            help += " (%(default)s)"  # the preset's
-        parser.add_argument(flag, default=default, type=type, help=help, **more)
+    def add(flag, meaning, default=None, at_28=None, **more):
+        """at_28: the default of --res 28, if it is another one."""
+        text = "" if default is None else f" ({default})"
+        text += "" if at_28 is None else f" (at 28: {at_28})"
+        name = parser.add_argument(flag, help=meaning + text, **more).dest
+        large[name], small[name] = default, default if at_28 is None else at_28
 
+    count, amount, share = within(int, 1), within(float, 0), within(float, 0, 1)
     switch = argparse.BooleanOptionalAction
-    add("--res", 28, "28: pixels of any size; 256, 512: latents; sets defaults", int,
-        choices=PRESETS)
-    add("--teacher", "SiT-XL/2", "file, name in sit.RELEASED or URL")
-    add("--vae", "sd-vae-ft-ema", "decoder of the latents, likewise")
-    add("--convention", None, "a file's clock and sign, if not found", choices=("sit", "repa"))
-    add("--out", None, "folder (default: out/RES)")
-    add("--device", "cuda" if GPU else "cpu", "cpu, cuda or cuda:N")
-    # Method. The defaults are those of 256 and 512.
-    add("--steps", 100_000, "optimiser steps [paper]", within(int, 1))
-    add("--batch", 256, "samples a step, of all processes [paper]", within(int, 1))
-    add("--correction", 0.25, "correction's share of the batch [paper]", within(float, 0, 1))
-    add("--k", 1.0, "exponent of the weights [paper]", within(float, 0))
-    add("--alpha", 1.0, "strength of correction [paper]", within(float, 0))
-    add("--gamma", [1.0, 2.0], "range of γ in training", within(float, 0), nargs=2)
-    add("--interval", [0.0, 1.0], "t of guidance, but for correction", within(float, 0, 1), nargs=2)
-    add("--cut", 0.7, "in correction it is guided up to this r [paper]", within(float, 0, 1))
-    add("--r-location", 0.8, "location of the logit of r [paper]", within(float, -1e9))
-    add("--r-scale", 1.0, "its scale", within(float, 0))
-    add("--derivative", "jvp", "∂F/∂δ: exact, or a finite difference", choices=("jvp", "fd"))
+    add("--res", "28: pixels of any size; 256, 512: latents", 28, type=int, choices=TEACHERS)
+    add("--teacher", "file, name in sit.RELEASED or URL (default: by --res)")
+    add("--vae", "decoder of the latents, likewise", "sd-vae-ft-ema")
+    add("--convention", "a file's clock and sign, if not found", choices=("sit", "repa"))
+    add("--out", "folder (default: out/RES)")
+    add("--device", "cuda: one GPU a process", "cuda" if GPU else "cpu", choices=("cuda", "cpu"))
+    # Method.
+    add("--steps", "optimiser steps [paper]", 100_000, at_28=1750, type=count)
+    add("--batch", "samples a step, of all processes [paper]", 256, at_28=32, type=count)
+    add("--correction", "correction's share of the batch [paper]", 0.25, type=share)
+    add("--k", "exponent of the weights [paper]", 1.0, type=amount)
+    add("--alpha", "strength of correction [paper]", 1.0, at_28=0.3, type=amount)
+    add("--gamma", "range of γ in training", [1.0, 2.0], type=amount, nargs=2)
+    add("--interval", "t of guidance, but for correction", [0.0, 1.0], type=share, nargs=2)
+    add("--cut", "in correction it is guided up to this r [paper]", 0.7, at_28=1.0, type=share)
+    add("--r-location", "mean of the logit of r [paper]", 0.8, at_28=0.4, type=within(float, -1e9))
+    add("--r-scale", "its standard deviation", 1.0, type=amount)
+    add("--derivative", "∂F/∂δ: exact, or a difference", "jvp", at_28="fd", choices=("jvp", "fd"))
     # Optimisation.
-    add("--lr", 1e-4, "peak rate of the student", within(float, 0))
-    add("--online-lr", 1e-4, "peak rate of g", within(float, 0))
-    add("--warmup", 1000, "steps up to the peak", within(int, 0))
-    add("--decay-from", 1.0, "share of the steps before the fall to 0", within(float, 0, 1))
-    add("--ema", 0.9999, "decay of the student's average", within(float, 0, 1))
-    add("--seed", 0, "of every draw", within(int, 0, 2**63 - 1))
-    add("--bf16", GPU, "networks compute in bfloat16", action=switch)
-    add("--compile", GPU, "torch.compile the blocks and the derivative", action=switch)
-    add("--checkpointing", False, "recompute activations, to save memory", action=switch)
+    add("--lr", "peak rate of the student", 1e-4, at_28=1e-3, type=amount)
+    add("--online-lr", "peak rate of g", 1e-4, at_28=1e-3, type=amount)
+    add("--warmup", "steps up to the peak", 1000, at_28=20, type=within(int, 0))
+    add("--decay-from", "share of the steps before the fall to 0", 1.0, at_28=0.3, type=share)
+    add("--ema", "decay of the student's average", 0.9999, at_28=0.99, type=share)
+    add("--seed", "of every draw", 0, type=within(int, 0, 2**63 - 1))
+    add("--bf16", "networks compute in bfloat16", GPU, at_28=False, action=switch)
+    add("--compile", "torch.compile the blocks and the derivative", GPU, at_28=False, action=switch)
+    add("--checkpointing", "recompute activations (default: at 512)", action=switch)
     # Housekeeping.
-    add("--log-every", 50, "steps between lines of the log", within(int, 1))
-    add("--save-every", 5000, "steps between checkpoints and endpoint errors", within(int, 1))
-    add("--eval-samples", 64, "noises of an endpoint error", within(int, 1))
+    add("--log-every", "steps between lines of the log", 50, at_28=25, type=count)
+    add("--save-every", "steps between checkpoints, endpoint errors", 5000, at_28=500, type=count)
+    add("--eval-samples", "noises of an endpoint error", 64, at_28=256, type=count)
     # Sampling, in place of training.
-    add("--sample", None, "N samples of the student", within(int, 1))
-    add("--rollout", None, "N samples of the teacher", within(int, 1))
-    add("--ckpt", None, "the student (default: OUT/student.pt)")
-    add("--guidance", 1.5, "γ of the samples", within(float, 0))
-    add("--labels", "balanced", "balanced, one label (7) or a range (0-9)")
-    add("--solver", "heun", "solver of the rollout", choices=("heun", "euler"))
-    add("--rollout-steps", 32, "its steps", within(int, 1))
-    parser.set_defaults(**preset)
-    s = parser.parse_args(argv)
+    add("--sample", "N samples of the student", type=count)
+    add("--rollout", "N samples of the teacher", type=count)
+    add("--ckpt", "the student (default: OUT/student.pt)")
+    add("--guidance", "γ of the samples", 1.5, type=amount)
+    add("--labels", "balanced, one label (7) or a range (0-9)", "balanced")
+    add("--solver", "solver of the rollout", "heun", choices=("heun", "euler"))
+    add("--rollout-steps", "its steps", 32, type=count)
+
+    s = parser.parse_args(argv)  # None: not given
+    given = {name: value for name, value in vars(s).items() if value is not None}
+    s = SimpleNamespace(**(large if given.get("res", 28) > 28 else small) | given)
+    s.teacher = s.teacher or TEACHERS[s.res]
+    s.checkpointing = s.res == 512 if s.checkpointing is None else s.checkpointing
+    s.folder = Path(s.out or f"out/{s.res}")
 
     for name, (low, high) in {"gamma": s.gamma, "interval": s.interval}.items():
         if low > high:
@@ -475,7 +461,6 @@ def parse(argv):
         fits = [n for n in range(1, divisor + 1) if divisor % n == 0]
         parser.error(f"--batch {s.batch}: {WORLD} processes cannot share {s.batch - s.rows_c} rows "
                      f"of prediction and {s.rows_c} of correction; {fits} can")
-    s.folder = Path(s.out or f"out/{s.res}")
     return s
 
 
@@ -488,20 +473,17 @@ if dist.is_torchelastic_launched():  # by torchrun
 GPU = torch.cuda.is_available()
 
 
-def join(device):
-    """Join torchrun's processes. -> this one's torch.device, for "cpu", "cuda" (one GPU each) or
-    "cuda:N". Raises ValueError for a device that is not there."""
-    if not re.fullmatch(r"cpu|cuda(:\d{1,2})?", device):
-        raise ValueError(f"--device {device}: must be cpu, cuda or cuda:N")
-    device = torch.device(f"cuda:{LOCAL_RANK}" if device == "cuda" else device)
-    if device.type == "cuda":
-        if device.index >= torch.cuda.device_count():
-            raise ValueError(f"--device {device}: no such GPU here; use cpu")
+def join(kind):
+    """Join torchrun's processes. kind is "cpu", or "cuda": a GPU each. -> this one's device."""
+    device = torch.device(kind, LOCAL_RANK if kind == "cuda" else None)
+    if kind == "cuda":
+        if LOCAL_RANK >= torch.cuda.device_count():
+            raise ValueError(f"--device cuda: no GPU {LOCAL_RANK} here; use cpu")
         torch.cuda.set_device(device)
     if WORLD > 1:  # the timeout is long: all wait while process 0 evaluates, samples or saves
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
-        if device.type == "cpu":  # else gloo may abort at exit
+        if kind == "cpu":  # else gloo may abort at exit
             atexit.register(dist.destroy_process_group)
     return device
 
@@ -597,18 +579,24 @@ def save(folder, parts, settings, step, log):
     sit.write(folder / "ckpt.pt", partial(torch.save, file))
 
 
-def resume(folder, parts, settings):
-    """Load ckpt.pt, if there is one, into the parts -> its step; the log, cut to it (process 0).
-    Raises ValueError if it is of another run, or if another process is at work in the folder."""
+def open_log(folder):
+    """-> the folder's log, for process 0. Raises ValueError if another run is at work there."""
     folder.mkdir(parents=True, exist_ok=True)
-    path, log, step, log_size = folder / "ckpt.pt", None, 0, 0
-    if RANK == 0:
-        log = open(folder / "metrics.jsonl", "a")
-        try:
-            if fcntl:  # a lock that ends with the process
-                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"--out {folder}: another run is at work there") from None
+    if RANK > 0:
+        return None
+    log = open(folder / "metrics.jsonl", "a")
+    try:
+        if fcntl:  # a lock that ends with the process
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"--out {folder}: another run is at work there") from None
+    return log
+
+
+def resume(folder, log, parts, settings):
+    """Load ckpt.pt, if there is one, into the parts and cut the log to it -> its step, else 0.
+    Raises ValueError if it is of another run."""
+    path, step, log_size = folder / "ckpt.pt", 0, 0
     if path.exists():
         file = sit.read_file(path)
         try:
@@ -627,7 +615,7 @@ def resume(folder, parts, settings):
         raise ValueError(f"--out {folder}: all processes must see it")
     if log:
         log.truncate(min(log.tell(), log_size))
-    return step, log
+    return step
 
 
 # ---- 9. Sampling ----

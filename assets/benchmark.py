@@ -95,10 +95,10 @@ def measure(flags, steps):
     """Train by fmd.py -> [{part: seconds}] of the steps, the student's config, the settings."""
     s, watch, student, start = fmd.parse(flags), Stopwatch(), None, 0
 
-    def resume(folder, parts, settings):        # train calls it once, with its networks
+    def resume(folder, log, parts, settings):   # train calls it once, with its networks
         nonlocal student
         student = parts["student"]
-        return real_resume(folder, parts, settings)
+        return real_resume(folder, log, parts, settings)
 
     def learning_rate(*args):                   # train calls it once a step
         nonlocal start
