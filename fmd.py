@@ -140,50 +140,51 @@ def average_velocity(student, z, delta, y, gamma):
     return student(z, torch.ones_like(delta), y, delta=delta, gamma=gamma)
 
 
-def flow_map(F_z, z, delta):
-    """f(z, δ) = z + δ F(z, δ); at δ = 1 a sample. F_z = F(z, δ) and z (B, ...), delta (B,)."""
-    return z + expand(delta, z) * F_z
+def flow_map(F_value, z, delta):
+    """f(z, δ) = z + δ F(z, δ); at δ = 1 a sample. F_value = F(z, δ) and z (B, ...), delta (B,)."""
+    return z + expand(delta, z) * F_value
 
 
 @torch.no_grad()
-def duration_derivative(F, z, delta, F_z=None, method="jvp", h=5e-3):
+def duration_derivative(F, z, delta, F_value=None, method="jvp", h=5e-3):
     """∂F/∂δ at fixed z, without gradient. z (B, ...), delta (B,) -> like z.
-    jvp: exact, forward mode with tangent 1 on δ. Fused attention has no forward derivative, so this
-    call takes the plain kernel. fd: backward difference with an error of O(h), in float32: the
-    rounding of bfloat16 or TF32, divided by h, would drown it. F_z = F(z, δ), if given, saves fd a
-    call. If you copy this: F is the bare network, not DDP's wrapper; it has no dropout, because two
-    calls must agree; its time embedding is smooth in δ, so not rounded to integers."""
+    jvp: exact, by forward mode with tangent 1 on δ. Fused attention has no forward derivative, so
+    this call takes the plain kernel.
+    fd: backward difference with an error of O(h), in float32: the rounding of bfloat16 or TF32,
+    divided by h, would drown it. F_value = F(z, δ), if given, saves it a call.
+    If you copy this: F is the bare network, not DDP's wrapper; it has no dropout, because two calls
+    must agree; its time embedding is smooth in δ, so not rounded to integers."""
     if method == "fd":
-        F_z = F(z, delta) if F_z is None else F_z
-        return (F_z - F(z, delta - h)) / h  # δ may be below h: there δ ∂F/∂δ is small
+        F_value = F(z, delta) if F_value is None else F_value
+        return (F_value - F(z, delta - h)) / h  # δ may be below h: there δ ∂F/∂δ is small
     with sdpa_kernel(SDPBackend.MATH):
         return torch.func.jvp(lambda d: F(z, d), (delta,), (torch.ones_like(delta),))[1]
 
 
 # ---- 4. The objectives: residuals, a velocity of the student minus the teacher's ----
 @torch.no_grad()
-def prediction(F_z, F_dot, u, z, delta):
+def prediction(F_value, F_dot, u, z, delta):
     """Prediction (paper, Eq. 7 to 9) -> its residual v - u(f(z, δ), 1 - δ), like z. The paper: Δ_G.
     v = ∂f/∂δ = F + δ ∂F/∂δ is the velocity of the student's path, u is the teacher's at the
     *student's* own state. A perfect student has δ F(z, δ) = ∫ u along the path. The derivative of
     both sides in δ is v = u. No gradient passes through the residual, as in MeanFlow (arXiv
-    2505.13447). F_z = F(z, δ), F_dot = ∂F/∂δ, z (B, ...); delta (B,); u(x, t).
+    2505.13447). F_value = F(z, δ), F_dot = ∂F/∂δ, z (B, ...); delta (B,); u(x, t).
     If you copy this: u has t = 1 at noise and points to data. With a wrong clock or sign the
     residual still shrinks, and the samples are garbage."""
-    v = F_z + expand(delta, z) * F_dot
-    return v - u(flow_map(F_z, z, delta), 1 - delta)
+    v = F_value + expand(delta, z) * F_dot
+    return v - u(flow_map(F_value, z, delta), 1 - delta)
 
 
-def correction(F_z, u, g, z, n, r):
-    """Correction (paper, Eq. 10 and 11) -> its residual v - u(x_r, r), like z. The paper: Δ_N. And
-    the loss of g. x = f(z, 1) is a sample of the student, x_r = (1 - r) x + r n the same under
-    noise, v = E[x - n | x_r] the velocity of the student's samples from noise to data. v has no
-    formula: g learns it by flow matching. The residual is r / (1 - r) times (the student's score
-    minus the teacher's), both at noise r. Moving samples against it lowers the KL divergence of the
-    noised distributions (exactly so at γ = 1).
-    F_z = F(z, 1), z, n (B, ...); r (B,); u(x, t), g(x, t).
+def correction(F_value, u, g, z, n, r):
+    """Correction (paper, Eq. 10 and 11) -> its residual v - u(x_r, r), like z, the paper's Δ_N; and
+    the loss of g. x = f(z, 1) is a sample of the student. x_r = (1 - r) x + r n is x under noise.
+    v = E[x - n | x_r] is the velocity of such x_r, from noise to data. It has no formula, so g
+    learns it by flow matching, and stands for it here. The exact residual is r / (1 - r) times (the
+    student's score minus the teacher's), both at noise r. Moving samples against it lowers the KL
+    divergence of the noised distributions (exactly so at γ = 1).
+    F_value = F(z, 1), z, n (B, ...); r (B,); u(x, t), g(x, t).
     If you copy this: g starts from the teacher's weights, and this loss alone trains it."""
-    x = flow_map(F_z, z, torch.ones_like(r)).detach()  # g's loss moves g alone
+    x = flow_map(F_value, z, torch.ones_like(r)).detach()  # g's loss moves g alone
     x_r = (1 - expand(r, x)) * x + expand(r, x) * n
     v = g(x_r, r)
     online_loss = mean_square(v - (x - n))
@@ -206,11 +207,11 @@ def weighted(residual, k=1.0, eps=1e-3):
 
 
 def student_loss(F_p, residual_p, F_c, residual_c, k=1.0, alpha=1.0, mean=torch.mean):
-    """-> loss, λ. The loss is the mean, over all numbers of both, of F_p · w Δ_p and F_c · λ w Δ_c;
-    Δ_p, Δ_c are the residuals, which are constants here. Only its gradient in F has a meaning: it
-    is w Δ, up to a factor. So descent moves each F against its residual, as with the squared error
-    |F - sg(F - w Δ)|², where sg stops the gradient.
-    λ scales correction, so that rows of both pull equally hard at α = 1 [paper; that w comes first
+    """-> loss, λ. Descent should move F by -w Δ_p in rows of prediction and by -λ w Δ_c in rows of
+    correction, Δ being the residuals. The loss that does it is the mean over all numbers of
+    F_p · w Δ_p and F_c · λ w Δ_c, with w Δ constant: its gradient in F is w Δ, up to a factor, and
+    its value means nothing. (|F - sg(F - w Δ)|², where sg stops the gradient, has the same one.)
+    λ makes rows of both pull equally hard on average at α = 1 [paper; that it balances w Δ, not Δ,
     is ours]. It is α if a part is empty. F_p, residual_p (P, ...); F_c, residual_c (C, ...).
     `mean` maps (B,) to a number: with several processes, the mean over all."""
     weighted_p = weighted(residual_p, k).detach()
@@ -262,7 +263,8 @@ def train(s):
         print("compiling")
         for block in (*teacher.blocks, *student.blocks, *g.blocks):
             block.compile(dynamic=False)
-        # Traced once: F's code is the same in each step, and its rows are inputs of the graph.
+        # student_p is a new function in each step, of the same code. Its rows are inputs of the
+        # graph, so it is traced once.
         derivative = torch.compile(duration_derivative, dynamic=False)
     # With --bf16 networks compute in bfloat16. They return float32, so the objectives are in it.
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=s.bf16)
@@ -274,15 +276,15 @@ def train(s):
         flags = dict(find_unused_parameters=device.type == "cpu", gradient_as_bucket_view=True)
         ddp_student, ddp_g = DDP(student, **flags), DDP(g, **flags)
 
-    # ---- Evaluation: fixed noises in the middle of the range of γ, and the teacher's samples φ.
-    middle = sum(s.gamma) / 2
+    # ---- Evaluation: fixed noises, γ in the middle of its range, the teacher's samples φ.
+    gamma_eval = sum(s.gamma) / 2
     if RANK == 0:
         z_eval = noises(s.seed, range(s.eval_samples), shape).to(device)
         y_eval = torch.arange(s.eval_samples, device=device) % classes
-        phi = many_steps(teacher, z_eval, y_eval, middle, null, interval=s.interval)
+        phi = many_steps(teacher, z_eval, y_eval, gamma_eval, null, 16, interval=s.interval)
 
-    # ---- SIGTERM and Ctrl-C finish the step and save; so does a torchrun that is gone.
-    stopped, launcher = threading.Event(), os.getppid()
+    # ---- SIGTERM and Ctrl-C finish the step and save.
+    stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
 
@@ -299,20 +301,20 @@ def train(s):
         one = torch.ones_like(c.r)
 
         # ---- The networks on these rows, as functions of a state and its time or duration.
-        # F, for the derivative, is the bare student: a JVP cannot pass through DDP's wrapper.
-        # u_c is guided up to r = cut: guidance above it worsens the paper's FID.
-        def F(z, delta): return average_velocity(student, z, delta, p.y, p.gamma)
-        def u_p(x, t): return guided(teacher, x, t, p.y, p.gamma, null, s.interval)
-        def u_c(x, t): return guided(teacher, x, t, c.y, c.gamma, null, (0.0, s.cut))
-        def g_c(x, t): return ddp_g(x, t, c.y, gamma=c.gamma)
+        # The derivative needs the bare student: a JVP cannot pass through DDP's wrapper.
+        # Correction's teacher is guided up to r = cut: guidance above it worsens the paper's FID.
+        def student_p(z, delta): return average_velocity(student, z, delta, p.y, p.gamma)
+        def teacher_p(x, t): return guided(teacher, x, t, p.y, p.gamma, null, s.interval)
+        def teacher_c(x, t): return guided(teacher, x, t, c.y, c.gamma, null, (0.0, s.cut))
+        def online_c(x, t): return ddp_g(x, t, c.y, gamma=c.gamma)
 
-        # ---- Forward.
+        # ---- Forward. Only F_p, F_c and online_loss have gradients; the residuals are constants.
         with autocast:
             F_p = average_velocity(ddp_student, p.z, p.delta, p.y, p.gamma)
             F_c = average_velocity(ddp_student, c.z, one, c.y, c.gamma)
-            F_dot = derivative(F, p.z, p.delta, F_p.detach(), s.derivative)
-            residual_p = prediction(F_p, F_dot, u_p, p.z, p.delta)
-            residual_c, online_loss = correction(F_c, u_c, g_c, c.z, c.n, c.r)
+            F_dot = derivative(student_p, p.z, p.delta, F_p.detach(), s.derivative)
+            residual_p = prediction(F_p, F_dot, teacher_p, p.z, p.delta)
+            residual_c, online_loss = correction(F_c, teacher_c, online_c, c.z, c.n, c.r)
             loss, lam = student_loss(F_p, residual_p, F_c, residual_c, s.k, s.alpha, mean_of_all)
 
         # ---- Backward.
@@ -336,7 +338,7 @@ def train(s):
                  "student_norm": student_norm, "online_norm": online_norm}
         totals = totals + torch.stack([*terms.values()])
         done = step + 1
-        stopping = any_process(stopped.is_set() or (WORLD > 1 and os.getppid() != launcher))
+        stopping = any_process(stopped.is_set() or orphaned())
         saving = stopping or done == s.steps or done % s.save_every == 0
         if saving or done % s.log_every == 0:
             line = dict(zip(terms, means_of_steps(totals, done - logged, done)))
@@ -344,7 +346,7 @@ def train(s):
                      "images_per_s": s.batch * (done - logged) / (time.perf_counter() - clock),
                      "gpu_gb": torch.cuda.max_memory_allocated() / 1e9}
             if saving and RANK == 0:
-                x = one_step(ema, z_eval, y_eval, middle)
+                x = one_step(ema, z_eval, y_eval, gamma_eval)
                 line["endpoint_error"] = endpoint_error(x, phi).mean().item()
                 pairs = torch.stack([phi, x], 1)[:50].flatten(0, 1)
                 save_grid(s.folder / "pairs.png", to_uint8(pairs, decoder))
@@ -361,8 +363,16 @@ def train(s):
 # The method ends here. The rest is settings, processes, files and sampling.
 
 
-# ---- 6. Settings. [paper] marks the paper's values; the others, and the presets, are ours ----
-TEACHERS = {28: "assets/teacher-mnist.pt", 256: "SiT-XL/2", 512: "SiT-XL/2-512"}
+# ---- 6. Settings. [paper] marks the paper's values; the others are ours, the preset of 28 too ----
+# How --res changes the defaults below. At 28, fd makes a step a fifth shorter than jvp does.
+PRESETS = {
+    28: dict(teacher="assets/teacher-mnist.pt", steps=1750, batch=32, lr=1e-3, online_lr=1e-3,
+             alpha=0.3, r_location=0.4, cut=1.0, warmup=20, decay_from=0.3, ema=0.99,
+             derivative="fd", bf16=False, compile=False,
+             eval_samples=256, log_every=25, save_every=500),
+    256: {},
+    512: dict(teacher="SiT-XL/2-512", checkpointing=True),
+}
 # A run resumes only with the same values of FIXED. It prints which of FREE differ.
 FIXED = """res convention batch correction k alpha gamma interval cut r_location r_scale derivative
 warmup decay_from ema bf16""".split()
@@ -382,67 +392,63 @@ def within(kind, low, high=1e9):
 
 def parse(argv):
     """The command line -> a namespace of settings. Bad input exits with one line and code 2."""
-    parser = argparse.ArgumentParser("fmd.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    presets = "\n".join(f"--res {res} has other defaults: {PRESETS[res]}" for res in (28, 512))
+    parser = argparse.ArgumentParser("fmd.py", description=__doc__, epilog=presets,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     # All processes read the same flags: one of them complains.
     parser.error = lambda text: parser.exit(2, f"fmd.py: {text}\n" if RANK == 0 else None)
-    large, small = {}, {}  # the defaults of --res 256 and 512, and of 28
 
-    def add(flag, meaning, default=None, at_28=None, **more):
-        """at_28: the default of --res 28, if it is another one."""
-        text = "" if default is None else f" ({default})"
-        text += "" if at_28 is None else f" (at 28: {at_28})"
-        name = parser.add_argument(flag, help=meaning + text, **more).dest
-        large[name], small[name] = default, default if at_28 is None else at_28
+    def add(flag, default, meaning, **more):
+        help = meaning if default is None else f"{meaning} (%(default)s)"
+        parser.add_argument(flag, default=default, help=help, **more)
 
     count, amount, share = within(int, 1), within(float, 0), within(float, 0, 1)
     switch = argparse.BooleanOptionalAction
-    add("--res", "28: pixels of any size; 256, 512: latents", 28, type=int, choices=TEACHERS)
-    add("--teacher", "file, name in sit.RELEASED or URL (default: by --res)")
-    add("--vae", "decoder of the latents, likewise", "sd-vae-ft-ema")
-    add("--convention", "a file's clock and sign, if not found", choices=("sit", "repa"))
-    add("--out", "folder (default: out/RES)")
-    add("--device", "cuda: one GPU a process", "cuda" if GPU else "cpu", choices=("cuda", "cpu"))
+    add("--res", 28, "28: pixels of any size; 256, 512: latents", type=int, choices=PRESETS)
+    add("--teacher", "SiT-XL/2", "file, name in sit.RELEASED or URL")
+    add("--vae", "sd-vae-ft-ema", "decoder of the latents, likewise")
+    add("--convention", None, "a file's clock and sign, if not found", choices=("sit", "repa"))
+    add("--out", None, "folder (default: out/RES)")
+    add("--device", "cuda" if GPU else "cpu", "cuda: one GPU a process", choices=("cuda", "cpu"))
     # Method.
-    add("--steps", "optimiser steps [paper]", 100_000, at_28=1750, type=count)
-    add("--batch", "samples a step, of all processes [paper]", 256, at_28=32, type=count)
-    add("--correction", "correction's share of the batch [paper]", 0.25, type=share)
-    add("--k", "exponent of the weights [paper]", 1.0, type=amount)
-    add("--alpha", "strength of correction [paper]", 1.0, at_28=0.3, type=amount)
-    add("--gamma", "range of γ in training", [1.0, 2.0], type=amount, nargs=2)
-    add("--interval", "t of guidance, but for correction", [0.0, 1.0], type=share, nargs=2)
-    add("--cut", "in correction it is guided up to this r [paper]", 0.7, at_28=1.0, type=share)
-    add("--r-location", "mean of the logit of r [paper]", 0.8, at_28=0.4, type=within(float, -1e9))
-    add("--r-scale", "its standard deviation", 1.0, type=amount)
-    add("--derivative", "∂F/∂δ: exact, or a difference", "jvp", at_28="fd", choices=("jvp", "fd"))
+    add("--steps", 100_000, "optimiser steps [paper]", type=count)
+    add("--batch", 256, "samples a step, of all processes [paper]", type=count)
+    add("--correction", 0.25, "correction's share of the batch [paper]", type=share)
+    add("--k", 1.0, "exponent of the weights [paper]", type=amount)
+    add("--alpha", 1.0, "strength of correction [paper]", type=amount)
+    add("--gamma", [1.0, 2.0], "range of γ in training", type=amount, nargs=2)
+    add("--interval", [0.0, 1.0], "prediction is guided at these t", type=share, nargs=2)
+    add("--cut", 0.7, "correction is guided up to this r [paper]", type=share)
+    add("--r-location", 0.8, "mean of the logit of r [paper]", type=within(float, -1e9))
+    add("--r-scale", 1.0, "its standard deviation", type=amount)
+    add("--derivative", "jvp", "∂F/∂δ: exact, or a finite difference", choices=("jvp", "fd"))
     # Optimisation.
-    add("--lr", "peak rate of the student", 1e-4, at_28=1e-3, type=amount)
-    add("--online-lr", "peak rate of g", 1e-4, at_28=1e-3, type=amount)
-    add("--warmup", "steps up to the peak", 1000, at_28=20, type=within(int, 0))
-    add("--decay-from", "share of the steps before the fall to 0", 1.0, at_28=0.3, type=share)
-    add("--ema", "decay of the student's average", 0.9999, at_28=0.99, type=share)
-    add("--seed", "of every draw", 0, type=within(int, 0, 2**63 - 1))
-    add("--bf16", "networks compute in bfloat16", GPU, at_28=False, action=switch)
-    add("--compile", "torch.compile the blocks and the derivative", GPU, at_28=False, action=switch)
-    add("--checkpointing", "recompute activations (default: at 512)", action=switch)
+    add("--lr", 1e-4, "peak rate of the student", type=amount)
+    add("--online-lr", 1e-4, "peak rate of g", type=amount)
+    add("--warmup", 1000, "steps up to the peak", type=within(int, 0))
+    add("--decay-from", 1.0, "share of the steps before the fall to 0", type=share)
+    add("--ema", 0.9999, "decay of the student's average", type=share)
+    add("--seed", 0, "of every draw", type=within(int, 0, 2**63 - 1))
+    add("--bf16", GPU, "networks compute in bfloat16", action=switch)
+    add("--compile", GPU, "torch.compile the blocks and the derivative", action=switch)
+    add("--checkpointing", False, "recompute activations, to save memory", action=switch)
     # Housekeeping.
-    add("--log-every", "steps between lines of the log", 50, at_28=25, type=count)
-    add("--save-every", "steps between checkpoints, endpoint errors", 5000, at_28=500, type=count)
-    add("--eval-samples", "noises of an endpoint error", 64, at_28=256, type=count)
+    add("--log-every", 50, "steps between lines of the log", type=count)
+    add("--save-every", 5000, "steps between checkpoints and endpoint errors", type=count)
+    add("--eval-samples", 64, "noises of an endpoint error", type=count)
     # Sampling, in place of training.
-    add("--sample", "N samples of the student", type=count)
-    add("--rollout", "N samples of the teacher", type=count)
-    add("--ckpt", "the student (default: OUT/student.pt)")
-    add("--guidance", "γ of the samples", 1.5, type=amount)
-    add("--labels", "balanced, one label (7) or a range (0-9)", "balanced")
-    add("--solver", "solver of the rollout", "heun", choices=("heun", "euler"))
-    add("--rollout-steps", "its steps", 32, type=count)
+    add("--sample", None, "N samples of the student", type=count)
+    add("--rollout", None, "N samples of the teacher", type=count)
+    add("--ckpt", None, "the student (default: OUT/student.pt)")
+    add("--guidance", 1.5, "γ of the samples", type=amount)
+    add("--labels", "balanced", "balanced, one label (7) or a range (0-9)")
+    add("--solver", "heun", "solver of the rollout", choices=("heun", "euler"))
+    add("--rollout-steps", 32, "its steps", type=count)
 
-    s = parser.parse_args(argv)  # None: not given
-    given = {name: value for name, value in vars(s).items() if value is not None}
-    s = SimpleNamespace(**(large if given.get("res", 28) > 28 else small) | given)
-    s.teacher = s.teacher or TEACHERS[s.res]
-    s.checkpointing = s.res == 512 if s.checkpointing is None else s.checkpointing
+    # --res is read first: it chooses the defaults of other flags.
+    parser.set_defaults(**PRESETS[parser.parse_known_args(argv)[0].res])
+    s = parser.parse_args(argv)
     s.folder = Path(s.out or f"out/{s.res}")
 
     for name, (low, high) in {"gamma": s.gamma, "interval": s.interval}.items():
@@ -470,6 +476,7 @@ RANK, LOCAL_RANK, WORLD = 0, 0, 1
 if dist.is_torchelastic_launched():  # by torchrun
     RANK, LOCAL_RANK = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     WORLD = int(os.environ["WORLD_SIZE"])
+PARENT = os.getppid()
 GPU = torch.cuda.is_available()
 
 
@@ -488,6 +495,11 @@ def join(kind):
     return device
 
 
+def orphaned():
+    """Whether the torchrun that started this process was killed. Then it should end as well."""
+    return WORLD > 1 and os.getppid() != PARENT
+
+
 def mean_of_all(values):
     """The mean over the values of all processes, of which each holds the same number."""
     mean = values.detach().float().mean().double()  # float64: step numbers add exactly
@@ -497,7 +509,8 @@ def mean_of_all(values):
 
 
 def any_process(flag=False):
-    """Whether the flag is true in any process. They wait for each other, but not for a GPU."""
+    """Whether the flag is true in any process. All wait here: without a flag it is a barrier. They
+    do not wait for a GPU."""
     return mean_of_all(torch.tensor(float(flag))).item() > 0
 
 
@@ -571,12 +584,12 @@ def save(folder, parts, settings, step, log):
     if RANK > 0:
         return
     ema = parts["ema"]
-    file = {"ema": sit.released_names(ema.state_dict()), "config": ema.config,
-            "gamma": settings["gamma"]}
-    sit.write(folder / "student.pt", partial(torch.save, file))
-    file |= {name: part.state_dict() for name, part in parts.items()}  # ema now in our names
-    file |= {"settings": settings, "step": step, "log_size": log.tell()}
-    sit.write(folder / "ckpt.pt", partial(torch.save, file))
+    student = {"ema": sit.released_names(ema.state_dict()), "config": ema.config,
+               "gamma": settings["gamma"]}
+    sit.write(folder / "student.pt", partial(torch.save, student))
+    states = {name: part.state_dict() for name, part in parts.items()}  # ema in our names
+    run = {"settings": settings, "step": step, "log_size": log.tell()}
+    sit.write(folder / "ckpt.pt", partial(torch.save, student | states | run))
 
 
 def open_log(folder):

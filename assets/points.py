@@ -66,11 +66,11 @@ def distil_blobs(steps):
     for step in range(steps):
         z, delta = torch.randn(192, 2), torch.rand(192)  # for prediction
         z_c, n, r = torch.randn(64, 2), torch.randn(64, 2), torch.sigmoid(0.8 + torch.randn(64))
-        F_z, F_c = F(z, delta), F(z_c, torch.ones(64))
+        F_p, F_c = F(z, delta), F(z_c, torch.ones(64))
         F_dot = fmd.duration_derivative(F, z, delta)
-        residual_p = fmd.prediction(F_z, F_dot, blobs, z, delta)
+        residual_p = fmd.prediction(F_p, F_dot, blobs, z, delta)
         residual_c, online_loss = fmd.correction(F_c, blobs, g, z_c, n, r)
-        loss, _ = fmd.student_loss(F_z, residual_p, F_c, residual_c, k=0.5)
+        loss, _ = fmd.student_loss(F_p, residual_p, F_c, residual_c, k=0.5)
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, 2 - 2 * step / steps)
         optimizer.zero_grad()
         (loss + online_loss).backward()
