@@ -17,7 +17,8 @@ Time: t = 1 IS NOISE, t = 0 IS DATA. Velocities point from noise to data.
   u(x, t)    the teacher: velocity at x, guided by γ
   F(z, δ)    the student: average velocity over the first δ of the path from z
   f(z, δ)    flow_map, z + δ F(z, δ): the path after δ. f(z, 1) is a sample
-  g(x, r)    the online network, trained beside the student: velocity of its samples under noise r
+  x_r        (1 - r) x + r n, a sample x under fresh noise n; r (B,)
+  g(x_r, r)  the online network, trained beside the student: the velocity of its x_r
 
 u, F and g depend on y and γ as well. A name that ends in _p holds rows of prediction (the paper's
 index G), in _c rows of correction (the paper's N).
@@ -72,6 +73,14 @@ try:
     import fcntl
 except ImportError:
     fcntl = None  # on Windows
+
+# This process's number among all and on its machine, and the number of all.
+RANK, LOCAL_RANK, WORLD = 0, 0, 1
+if dist.is_torchelastic_launched():  # by torchrun
+    RANK, LOCAL_RANK = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    WORLD = int(os.environ["WORLD_SIZE"])
+PARENT = os.getppid()
+GPU = torch.cuda.is_available()
 
 
 # ---- 1. The prior: every random number of a step ----
@@ -164,11 +173,12 @@ def duration_derivative(F, z, delta, F_value=None, method="jvp", h=5e-3):
 # ---- 4. The objectives: residuals, a velocity of the student minus the teacher's ----
 @torch.no_grad()
 def prediction(F_value, F_dot, u, z, delta):
-    """Prediction (paper, Eq. 7 to 9) -> its residual v - u(f(z, δ), 1 - δ), like z. The paper: Δ_G.
-    v = ∂f/∂δ = F + δ ∂F/∂δ is the velocity of the student's path, u is the teacher's at the
-    *student's* own state. A perfect student has δ F(z, δ) = ∫ u along the path. The derivative of
-    both sides in δ is v = u. No gradient passes through the residual, as in MeanFlow (arXiv
-    2505.13447). F_value = F(z, δ), F_dot = ∂F/∂δ, z (B, ...); delta (B,); u(x, t).
+    """Prediction (paper, Eq. 7 to 9) -> its residual, like z; the paper's Δ_G:
+        v - u(f(z, δ), 1 - δ), with v = ∂f/∂δ = F + δ ∂F/∂δ, the velocity of the student's path.
+    A perfect student has δ F(z, δ) = ∫ u along the path. The derivative of both sides in δ is
+    v = u, with the teacher at the *student's* own state. No gradient passes through the residual,
+    as in MeanFlow (arXiv 2505.13447).
+    F_value = F(z, δ), F_dot = ∂F/∂δ, z (B, ...); delta (B,); u(x, t).
     If you copy this: u has t = 1 at noise and points to data. With a wrong clock or sign the
     residual still shrinks, and the samples are garbage."""
     v = F_value + expand(delta, z) * F_dot
@@ -176,17 +186,19 @@ def prediction(F_value, F_dot, u, z, delta):
 
 
 def correction(F_value, u, g, z, n, r):
-    """Correction (paper, Eq. 10 and 11) -> its residual v - u(x_r, r), like z, the paper's Δ_N; and
-    the loss of g. x = f(z, 1) is a sample of the student. x_r = (1 - r) x + r n is x under noise.
-    v = E[x - n | x_r] is the velocity of such x_r, from noise to data. It has no formula, so g
-    learns it by flow matching, and stands for it here. The exact residual is r / (1 - r) times (the
-    student's score minus the teacher's), both at noise r. Moving samples against it lowers the KL
-    divergence of the noised distributions (exactly so at γ = 1).
+    """Correction (paper, Eq. 10 and 11) -> its residual, like z, the paper's Δ_N; the loss of g:
+        x = f(z, 1), a sample of the student;  x_r = (1 - r) x + r n, the sample under noise;
+        v = E[x - n | x_r], the velocity of such samples from noise to data;
+        residual v - u(x_r, r);  loss of g |g(x_r, r) - (x - n)|².
+    v has no formula, so g learns it by flow matching and stands for it. If g = v, the residual is
+    r / (1 - r) times (the student's score minus the teacher's) at noise r: moving samples against
+    it lowers the KL divergence of the noised distributions (only about so for γ other than 1, where
+    u is no score). As x = z + F(z, 1), to move F is to move the sample.
     F_value = F(z, 1), z, n (B, ...); r (B,); u(x, t), g(x, t).
     If you copy this: g starts from the teacher's weights, and this loss alone trains it."""
     x = flow_map(F_value, z, torch.ones_like(r)).detach()  # g's loss moves g alone
     x_r = (1 - expand(r, x)) * x + expand(r, x) * n
-    v = g(x_r, r)
+    v = g(x_r, r)  # its gradient trains g, its value gives the residual
     online_loss = mean_square(v - (x - n))
     with torch.no_grad():
         residual = v - u(x_r, r)
@@ -194,7 +206,7 @@ def correction(F_value, u, g, z, n, r):
 
 
 def mean_square(x):
-    """The mean of the squares, 0 if there are none."""
+    """The mean of the squares. An empty x gives 0, not nan."""
     return x.square().sum() / max(x.numel(), 1)
 
 
@@ -206,24 +218,28 @@ def weighted(residual, k=1.0, eps=1e-3):
     return residual / expand((size + eps) ** k, residual)
 
 
+def balance(weighted_p, weighted_c, alpha=1.0, mean=torch.mean):
+    """λ = α mean|w Δ_p| / mean|w Δ_c|: at α = 1 rows of prediction and of correction pull equally
+    hard. (The paper has |Δ| there; |w Δ| is ours.) α if a part is empty. weighted_p (P, ...),
+    weighted_c (C, ...). `mean` maps (B,) to a number: with several processes, the mean over all."""
+    if not len(weighted_p) or not len(weighted_c):
+        return weighted_p.new_full((), alpha)
+    norm_p = mean(weighted_p.flatten(1).norm(dim=1))
+    norm_c = mean(weighted_c.flatten(1).norm(dim=1))
+    # [ours] At most 10: g starts as the teacher, so without guidance residual_c is rounding at the
+    # first step, which must not be scaled up to the size of residual_p.
+    return alpha * (norm_p / (norm_c + 1e-6)).clamp(max=10)
+
+
 def student_loss(F_p, residual_p, F_c, residual_c, k=1.0, alpha=1.0, mean=torch.mean):
-    """-> loss, λ. Descent should move F by -w Δ_p in rows of prediction and by -λ w Δ_c in rows of
-    correction, Δ being the residuals. The loss that does it is the mean over all numbers of
-    F_p · w Δ_p and F_c · λ w Δ_c, with w Δ constant: its gradient in F is w Δ, up to a factor, and
-    its value means nothing. (|F - sg(F - w Δ)|², where sg stops the gradient, has the same one.)
-    λ makes rows of both pull equally hard on average at α = 1 [paper; that it balances w Δ, not Δ,
-    is ours]. It is α if a part is empty. F_p, residual_p (P, ...); F_c, residual_c (C, ...).
-    `mean` maps (B,) to a number: with several processes, the mean over all."""
+    """The student's loss, over rows of prediction and of correction -> loss, λ:
+        loss = (Σ F_p · w Δ_p + λ Σ F_c · w Δ_c) / (count of all numbers), with Δ, w, λ constant.
+    Its gradient in F is w Δ: descent moves F against its residual. Its value means nothing.
+    MeanFlow's |F - sg(F - w Δ)|², where sg stops the gradient, has twice this gradient.
+    F_p, residual_p (P, ...); F_c, residual_c (C, ...); k, alpha, mean as above."""
     weighted_p = weighted(residual_p, k).detach()
     weighted_c = weighted(residual_c, k).detach()
-    lam = weighted_p.new_full((), alpha)
-    if len(weighted_p) and len(weighted_c):
-        norm_p = mean(weighted_p.flatten(1).norm(dim=1))
-        norm_c = mean(weighted_c.flatten(1).norm(dim=1))
-        ratio = norm_p / (norm_c + 1e-6)  # about 1 in training
-        # [ours] At most 10: g starts as the teacher, so without guidance residual_c is rounding at
-        # the first step, which must not be scaled up to the size of residual_p.
-        lam = alpha * ratio.clamp(max=10)
+    lam = balance(weighted_p, weighted_c, alpha, mean)
     total = (F_p * weighted_p).sum() + (F_c * lam * weighted_c).sum()
     return total / (F_p.numel() + F_c.numel()), lam
 
@@ -231,25 +247,26 @@ def student_loss(F_p, residual_p, F_c, residual_c, k=1.0, alpha=1.0, mean=torch.
 # ---- 5. The training loop ----
 def train(s):
     """Distil. s: the settings of section 6. Writes student.pt, ckpt.pt, metrics.jsonl and pairs.png
-    to s.folder. The same command, repeated, goes on from ckpt.pt. Each of WORLD processes runs
-    this, on its rows of the batch; only the one with RANK 0 prints and writes (section 7)."""
+    to s.folder. The same command, repeated, goes on from ckpt.pt: with the same number of processes
+    on a CPU bit for bit as if it had never stopped, else equal to rounding. Each of WORLD processes
+    runs this, on its rows of the batch; only the one with RANK 0 prints and writes."""
     device = join(s.device)
 
-    # ---- Networks. Student, g and the student's average start from the teacher's weights.
+    # ---- Networks. Student, online network and the student's average start as the teacher.
     teacher, _, decoder = load(s.teacher, s.res, s.convention, s.vae, device)
     shape, classes = teacher.config["shape"], teacher.config["classes"]
     null = classes  # ∅ comes after the last class
-    torch.manual_seed(s.seed)  # for the embedders of δ and γ, whose last layers are zero
-    student = start_from(teacher, delta=True, gamma=True)  # F(z, δ) starts as u(z, 1)
-    g = start_from(teacher, gamma=True)  # it sees γ, like the student [ours]
+    torch.manual_seed(s.seed)  # for the embedders of δ and γ; their last layers are zero
+    student = start_from(teacher, delta=True, gamma=True)  # F(z, δ) starts as u(z, 1) at γ = 1
+    online = start_from(teacher, gamma=True)  # g of the table; it sees γ [ours]
     ema = start_from(student).requires_grad_(False)
 
-    # ---- One optimiser, two rates, which each step sets [ours, like clipping at 1 below].
-    groups = [{"params": student.parameters()}, {"params": g.parameters()}]
+    # ---- One optimiser, two rates. The paper names neither, nor clipping, nor an average: ours.
+    groups = [{"params": student.parameters()}, {"params": online.parameters()}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0, fused=True)
 
     # ---- Resume. A checkpoint has the parts, and the settings that it was made with.
-    parts = {"student": student, "online": g, "ema": ema, "optimizer": optimizer}
+    parts = {"student": student, "online": online, "ema": ema, "optimizer": optimizer}
     settings = {name: getattr(s, name) for name in FIXED + FREE}
     settings["teacher's checksum"] = sit.checksum(teacher)
     log = open_log(s.folder)
@@ -257,24 +274,24 @@ def train(s):
     print(f"{vars(s)}\nfrom step {first}")
 
     # ---- Memory and compilation, block by block: DDP and checkpointing stay outside of the graphs.
-    student.checkpointing = g.checkpointing = s.checkpointing
+    student.checkpointing = online.checkpointing = s.checkpointing  # of activations
     derivative = duration_derivative
     if s.compile:
         print("compiling")
-        for block in (*teacher.blocks, *student.blocks, *g.blocks):
+        for block in (*teacher.blocks, *student.blocks, *online.blocks):
             block.compile(dynamic=False)
-        # student_p is a new function in each step, of the same code. Its rows are inputs of the
-        # graph, so it is traced once.
         derivative = torch.compile(duration_derivative, dynamic=False)
     # With --bf16 networks compute in bfloat16. They return float32, so the objectives are in it.
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=s.bf16)
 
-    # ---- DDP. It averages gradients over the processes, in passes that go through its wrapper.
-    ddp_student, ddp_g = student, g
+    # ---- DDP averages the gradients over the processes, of all passes through its wrapper.
+    # Its mean of their means is the mean over the batch, because all have equally many rows.
+    ddp_student, ddp_online = student, online
     if WORLD > 1:
-        # The first flag keeps DDP's order of sums, so that resuming is exact on a CPU.
+        # After its first step DDP would add in another order, and a resumed run would differ in
+        # its last bits. The first flag prevents that.
         flags = dict(find_unused_parameters=device.type == "cpu", gradient_as_bucket_view=True)
-        ddp_student, ddp_g = DDP(student, **flags), DDP(g, **flags)
+        ddp_student, ddp_online = DDP(student, **flags), DDP(online, **flags)
 
     # ---- Evaluation: fixed noises, γ in the middle of its range, the teacher's samples φ.
     gamma_eval = sum(s.gamma) / 2
@@ -283,11 +300,19 @@ def train(s):
         y_eval = torch.arange(s.eval_samples, device=device) % classes
         phi = many_steps(teacher, z_eval, y_eval, gamma_eval, null, 16, interval=s.interval)
 
+    def evaluate():
+        x = one_step(ema, z_eval, y_eval, gamma_eval)
+        pairs = torch.stack([phi, x], 1)[:50].flatten(0, 1)
+        save_grid(s.folder / "pairs.png", to_uint8(pairs, decoder))
+        return endpoint_error(x, phi).mean().item()
+
     # ---- SIGTERM and Ctrl-C finish the step and save.
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
 
+    # ---- Draws. Each has a seed of its own, made of --seed and the step. So a checkpoint needs no
+    # states of generators, and nothing depends on the number of processes.
     def draw(rows, key):
         source = generator(device, s.seed, key)
         r_logit = s.r_location, s.r_scale
@@ -301,12 +326,13 @@ def train(s):
         one = torch.ones_like(c.r)
 
         # ---- The networks on these rows, as functions of a state and its time or duration.
-        # The derivative needs the bare student: a JVP cannot pass through DDP's wrapper.
+        # The derivative needs the bare student: a JVP cannot pass through DDP's wrapper. These are
+        # new functions in each step, but of the same code: torch.compile traces once.
         # Correction's teacher is guided up to r = cut: guidance above it worsens the paper's FID.
         def student_p(z, delta): return average_velocity(student, z, delta, p.y, p.gamma)
         def teacher_p(x, t): return guided(teacher, x, t, p.y, p.gamma, null, s.interval)
         def teacher_c(x, t): return guided(teacher, x, t, c.y, c.gamma, null, (0.0, s.cut))
-        def online_c(x, t): return ddp_g(x, t, c.y, gamma=c.gamma)
+        def online_c(x, t): return ddp_online(x, t, c.y, gamma=c.gamma)
 
         # ---- Forward. Only F_p, F_c and online_loss have gradients; the residuals are constants.
         with autocast:
@@ -320,19 +346,19 @@ def train(s):
         # ---- Backward.
         (loss + online_loss).backward()  # they share no parameters
         student_norm = clip_grad_norm_(student.parameters(), 1)
-        online_norm = clip_grad_norm_(g.parameters(), 1)
+        online_norm = clip_grad_norm_(online.parameters(), 1)
 
         # ---- Update.
-        rate = learning_rate(step, s.steps, s.warmup, s.decay_from)
+        share = learning_rate(step, s.steps, s.warmup, s.decay_from)
         for group, peak in zip(optimizer.param_groups, (s.lr, s.online_lr)):
-            group["lr"] = peak * rate
+            group["lr"] = peak * share
         optimizer.step()
         optimizer.zero_grad()
         decay = min(s.ema, (1 + step) / (10 + step))  # the average forgets its start
         for average, weight in zip(ema.parameters(), student.parameters()):
             average.lerp_(weight.detach(), 1 - decay)
 
-        # ---- Housekeeping. Nothing above waits for the GPU.
+        # ---- Housekeeping. Up to here nothing waits for the GPU.
         terms = {"prediction": mean_square(residual_p), "correction": mean_square(residual_c),
                  "online": online_loss.detach(), "lambda": lam,
                  "student_norm": student_norm, "online_norm": online_norm}
@@ -341,19 +367,18 @@ def train(s):
         stopping = any_process(stopped.is_set() or orphaned())
         saving = stopping or done == s.steps or done % s.save_every == 0
         if saving or done % s.log_every == 0:
-            line = dict(zip(terms, means_of_steps(totals, done - logged, done)))
-            line |= {"step": done, "lr": s.lr * rate,
+            check_finite(totals, done)
+            means = [mean_of_all(total / (done - logged)).item() for total in totals]
+            line = dict(zip(terms, means))
+            line |= {"step": done, "lr": s.lr * share,
                      "images_per_s": s.batch * (done - logged) / (time.perf_counter() - clock),
                      "gpu_gb": torch.cuda.max_memory_allocated() / 1e9}
             if saving and RANK == 0:
-                x = one_step(ema, z_eval, y_eval, gamma_eval)
-                line["endpoint_error"] = endpoint_error(x, phi).mean().item()
-                pairs = torch.stack([phi, x], 1)[:50].flatten(0, 1)
-                save_grid(s.folder / "pairs.png", to_uint8(pairs, decoder))
+                line["endpoint_error"] = evaluate()
             write_line(log, line)
+            if saving:
+                save(s.folder, parts, settings, done, log)
             totals, logged, clock = 0, done, time.perf_counter()
-        if saving:
-            save(s.folder, parts, settings, done, log)
         if stopping:
             print(f"saved after step {done}; repeat the command to go on")
             return
@@ -364,7 +389,8 @@ def train(s):
 
 
 # ---- 6. Settings. [paper] marks the paper's values; the others are ours, the preset of 28 too ----
-# How --res changes the defaults below. At 28, fd makes a step a fifth shorter than jvp does.
+# `parse` has the defaults of --res 256. --res 28, the default, and 512 change them as follows. (fd
+# makes a step of 28 a fifth shorter.)
 PRESETS = {
     28: dict(teacher="assets/teacher-mnist.pt", steps=1750, batch=32, lr=1e-3, online_lr=1e-3,
              alpha=0.3, r_location=0.4, cut=1.0, warmup=20, decay_from=0.3, ema=0.99,
@@ -427,7 +453,7 @@ def parse(argv):
     add("--lr", 1e-4, "peak rate of the student", type=amount)
     add("--online-lr", 1e-4, "peak rate of g", type=amount)
     add("--warmup", 1000, "steps up to the peak", type=within(int, 0))
-    add("--decay-from", 1.0, "share of the steps before the fall to 0", type=share)
+    add("--decay-from", 1.0, "share of the steps before the fall to 0; 1: none", type=share)
     add("--ema", 0.9999, "decay of the student's average", type=share)
     add("--seed", 0, "of every draw", type=within(int, 0, 2**63 - 1))
     add("--bf16", GPU, "networks compute in bfloat16", action=switch)
@@ -471,15 +497,6 @@ def parse(argv):
 
 
 # ---- 7. Processes, draws and rates ----
-# This process's number among all and on its machine, and the number of all.
-RANK, LOCAL_RANK, WORLD = 0, 0, 1
-if dist.is_torchelastic_launched():  # by torchrun
-    RANK, LOCAL_RANK = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-    WORLD = int(os.environ["WORLD_SIZE"])
-PARENT = os.getppid()
-GPU = torch.cuda.is_available()
-
-
 def join(kind):
     """Join torchrun's processes. kind is "cpu", or "cuda": a GPU each. -> this one's device."""
     device = torch.device(kind, LOCAL_RANK if kind == "cuda" else None)
@@ -502,16 +519,20 @@ def orphaned():
 
 def mean_of_all(values):
     """The mean over the values of all processes, of which each holds the same number."""
-    mean = values.detach().float().mean().double()  # float64: step numbers add exactly
+    mean = values.detach().float().mean()
     if WORLD > 1:
         dist.all_reduce(mean)
-    return (mean / WORLD).float()
+    return mean / WORLD
 
 
-def any_process(flag=False):
-    """Whether the flag is true in any process. All wait here: without a flag it is a barrier. They
-    do not wait for a GPU."""
+def any_process(flag):
+    """Whether the flag is true in any process. It waits for these, but not for a GPU."""
     return mean_of_all(torch.tensor(float(flag))).item() > 0
+
+
+def barrier():
+    """Wait until all processes are here."""
+    any_process(False)
 
 
 def generator(device, seed, key):
@@ -541,14 +562,14 @@ def load(source, res, convention, vae, device, student=False):
     def fetch(source):  # one process of a machine downloads, the others wait
         if LOCAL_RANK == 0:
             sit.fetch(source)
-        any_process()
+        barrier()
         return sit.fetch(source)
 
     net, info = sit.load(fetch(source), convention=convention)
     shape, classes = net.config["shape"], net.config["classes"]
     if (net.config["delta"], net.config["gamma"]) != (student, student):
         raise ValueError(f"{source}: not a {'student' if student else 'teacher'}")
-    if shape != [4, res // 8, res // 8] and (res > 28 or shape[0] == 4):
+    if not (shape == [4, res // 8, res // 8] if res > 28 else shape[0] != 4):
         raise ValueError(f"{source}: made for {shape}, not for --res {res}")
     print(f"{source}: convention {net.config['convention']} ({info['why']}), labels 0 to "
           f"{classes - 1}, ∅ is {classes}")
@@ -563,12 +584,11 @@ def start_from(teacher, **inputs):
     return net.to(teacher.pos_embed.device)
 
 
-def means_of_steps(totals, steps, step):
-    """Sums over the last steps -> their means over these and all processes. Raises ValueError."""
+def check_finite(totals, step):
+    """Raises ValueError if a term of the log is not finite: so nothing such is saved."""
     if not totals.isfinite().all():
         raise ValueError(f"step {step}: gradient not finite; the last checkpoint stands. Repeat "
                          "the command with another --seed, for other draws, or a lower --lr")
-    return [mean_of_all(total / steps).item() for total in totals]
 
 
 def write_line(log, line):
@@ -580,16 +600,17 @@ def write_line(log, line):
 
 
 def save(folder, parts, settings, step, log):
-    """student.pt, in the names of the released files; and ckpt.pt, which has the rest as well."""
+    """student.pt, in the names of the released files; and ckpt.pt, which has the rest as well. Each
+    is written to a temporary file and then renamed."""
     if RANK > 0:
         return
     ema = parts["ema"]
-    student = {"ema": sit.released_names(ema.state_dict()), "config": ema.config,
-               "gamma": settings["gamma"]}
-    sit.write(folder / "student.pt", partial(torch.save, student))
-    states = {name: part.state_dict() for name, part in parts.items()}  # ema in our names
+    about = {"config": ema.config, "gamma": settings["gamma"]}
+    student = {"ema": sit.released_names(ema.state_dict())} | about
+    states = {name: part.state_dict() for name, part in parts.items()}
     run = {"settings": settings, "step": step, "log_size": log.tell()}
-    sit.write(folder / "ckpt.pt", partial(torch.save, student | states | run))
+    sit.write(folder / "student.pt", partial(torch.save, student))
+    sit.write(folder / "ckpt.pt", partial(torch.save, about | states | run))
 
 
 def open_log(folder):
@@ -609,23 +630,29 @@ def open_log(folder):
 def resume(folder, log, parts, settings):
     """Load ckpt.pt, if there is one, into the parts and cut the log to it -> its step, else 0.
     Raises ValueError if it is of another run."""
-    path, step, log_size = folder / "ckpt.pt", 0, 0
+    path, step, log_size, changed = folder / "ckpt.pt", 0, 0, {}
     if path.exists():
         file = sit.read_file(path)
         try:
-            step, log_size = file["step"], file["log_size"]
-            changed = {name: value for name, value in file["settings"].items()
-                       if value != settings[name]}
-            if changed.keys() - FREE or step > settings["steps"]:
-                raise ValueError(f"it has {changed} and {step} steps; give these, or another --out")
-            for name, part in parts.items():
-                part.load_state_dict(file[name])
+            step, log_size, old = file["step"], file["log_size"], file["settings"]
+            changed = {name: value for name, value in old.items() if value != settings[name]}
+            same_run = step <= settings["steps"] and not changed.keys() - FREE
+            if same_run:
+                for name, part in parts.items():
+                    part.load_state_dict(file[name])
         except Exception as e:  # whatever a file of another kind raises
-            raise ValueError(f"{path}: not of this run ({sit.reason(e)})") from None
-        if changed:
-            print(f"note: up to step {step} this run had {changed}; the rate may jump here")
-    if mean_of_all(torch.tensor(float(step))) != step:  # some process read another step, or none
-        raise ValueError(f"--out {folder}: all processes must see it")
+            raise ValueError(f"{path}: not a checkpoint of fmd.py ({sit.reason(e)})") from None
+        if not same_run:
+            raise ValueError(f"{path}: not of this run: it has {changed} and {step} steps; give "
+                             "these, or another --out")
+    if changed:
+        print(f"note: up to step {step} this run had {changed}; the rate may jump here")
+    steps = [step] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(steps, step)
+    if len(set(steps)) > 1:
+        raise ValueError(f"--out {folder}: processes read checkpoints of steps {steps}; all must "
+                         "see one folder")
     if log:
         log.truncate(min(log.tell(), log_size))
     return step
@@ -638,8 +665,9 @@ CHUNK = 128 if GPU else 64  # samples at a time
 @torch.no_grad()
 def one_step(student, z, y, gamma):
     """The student's samples f(z, 1), one evaluation each. z (B, ...), y (B,), gamma a number."""
-    ones = torch.ones(len(z), device=z.device)
-    return flow_map(average_velocity(student, z, ones, y, gamma * ones), z, ones)
+    one = torch.ones(len(z), device=z.device)
+    F_value = average_velocity(student, z, one, y, gamma * one)
+    return flow_map(F_value, z, one)
 
 
 def many_steps(teacher, z, y, gamma, null, steps=16, solver="heun", interval=(0.0, 1.0)):
@@ -727,14 +755,14 @@ def main(argv):
     warnings.filterwarnings("ignore", message=".*torch.jit.script.*is deprecated")
     try:
         s = parse(argv)
-        # TF32 has 10 bits: enough for training, too few for a finite difference.
-        tf32 = s.derivative == "jvp"
+        # TF32 has 10 bits: enough for all but a finite difference.
+        tf32 = s.derivative == "jvp" or bool(s.sample or s.rollout)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
         if s.sample or s.rollout:
             sample(s)
         else:
             train(s)
-        any_process()  # process 0 may be busy still
+        barrier()  # process 0 may be busy still
         return 0
     except torch.OutOfMemoryError:
         print("fmd.py: GPU memory is full: give --checkpointing, a lower --batch or more "

@@ -262,10 +262,15 @@ def test_learning_rate():
     rates = [fmd.learning_rate(step, 100, 9, 0.5) for step in (0, 4, 9, 50, 75, 99)]
     assert rates == pytest.approx([0.1, 0.5, 1, 1, 0.5, 0.02])
 
-def test_a_mean_over_processes_keeps_large_steps_exact(monkeypatch):
-    monkeypatch.setattr(fmd, "WORLD", 63)
-    monkeypatch.setattr(fmd.dist, "all_reduce", lambda x: x.mul_(63))
-    assert fmd.mean_of_all(torch.tensor(300_001.0)) == 300_001
+def test_checkpoints_of_unlike_steps_are_refused(tmp_path, monkeypatch):
+    """The mean of 500 over processes at 0, 500 and 1,000 would be 500."""
+    def gather(steps, step):
+        steps[:] = [0, step, 2 * step]
+    torch.save({"step": 500, "log_size": 0, "settings": {}}, tmp_path / "ckpt.pt")
+    monkeypatch.setattr(fmd, "WORLD", 3)
+    monkeypatch.setattr(fmd.dist, "all_gather_object", gather)
+    with pytest.raises(ValueError, match=r"checkpoints of steps \[0, 500, 1000\]; all must see"):
+        fmd.resume(tmp_path, None, {}, {"steps": 500})
 
 # ---- sit.py ----------------------------------------------------------------------------------------
 STUDENT = dict(delta=True, gamma=True)
@@ -1395,8 +1400,8 @@ def test_what_a_run_refuses_leaves_the_last_checkpoint(work, capsys, monkeypatch
     run(*args, 2)
     run(*args, 2)                                       # a finished run, typed again
     no = partial(refused, capsys, fmd.main)
-    no([*args, 2, "--k", 2], "o/ckpt.pt: not of this run .*it has {'k': 1.0} and 2 steps; give these")
-    no([*args, 1], "o/ckpt.pt: not of this run .*it has {'steps': 2} and 2 steps")
+    no([*args, 2, "--k", 2], "o/ckpt.pt: not of this run: it has {'k': 1.0} and 2 steps; give these")
+    no([*args, 1], "o/ckpt.pt: not of this run: it has {'steps': 2} and 2 steps")
     with open("o/metrics.jsonl", "a") as log:           # a second run while another one is at work
         fcntl.flock(log, fcntl.LOCK_EX)
         no([*args, 2], "--out o: another run is at work there")
@@ -1435,6 +1440,7 @@ def test_workers_without_their_launcher_end(work, monkeypatch, capsys):
         monkeypatch.setattr(fmd, "WORLD", world)
         monkeypatch.setattr(fmd, "DDP", lambda net, **flags: net)
         monkeypatch.setattr(fmd.dist, "all_reduce", lambda x: x.mul_(world))
+        monkeypatch.setattr(fmd.dist, "all_gather_object", lambda steps, step: None)
         monkeypatch.setattr(fmd.dist, "is_torchelastic_launched", lambda: True)
         monkeypatch.setattr(fmd, "join", lambda device: torch.device("cpu"))
         run(*SMALL, "--steps", 4, "--out", f"o{world}")
