@@ -20,11 +20,13 @@ Time: t = 1 IS NOISE, t = 0 IS DATA. Velocities point from noise to data.
   x_r        (1 - r) x + r n, a sample x under fresh noise n; r (B,)
   g(x_r, r)  the online network, trained beside the student: the velocity of its x_r
 
-u, F and g depend on y and γ as well. A name that ends in _p holds rows of prediction (the paper's
-index G), in _c rows of correction (the paper's N).
+u, F and g depend on y and γ as well. A name that ends in _p belongs to rows of prediction (the
+paper's index G), in _c to rows of correction (the paper's N). [ours] marks a choice that the paper
+does not make. Sections 1 to 5 are the method; 6 to 10 are settings, processes, files and sampling.
 
 Launch:
-  python fmd.py                                            distil the bundled teacher, or resume
+  python fmd.py                                            distil the bundled teacher of MNIST's
+                                                           digits (10 minutes of a CPU), or resume
   torchrun --nproc_per_node=8 fmd.py --res 256             ImageNet, from the released SiT-XL/2
   python fmd.py --sample 100 --guidance 1.5 --labels 0-9   one-step samples of the student
   python fmd.py --rollout 100 --solver heun                many-step samples of the teacher
@@ -129,7 +131,7 @@ def rollout(u, z, steps, solver="heun"):
     """Integrate dx/dδ = u(x, 1 - δ) from z at δ = 0 to δ = 1 on a uniform grid -> like z (B, ...).
     u(x, t) takes x (B, ...) and t (B,). Euler calls it once a step, Heun twice, except in the last
     step (as EDM, arXiv 2206.00364, Algorithm 1): at t = 0, where the second call would be, x holds
-    no noise for u to remove. Its answer there leaves grey specks on black. Raises ValueError."""
+    no noise for u to remove, and what u does there leaves specks. Raises ValueError."""
     if solver not in ("euler", "heun"):
         raise ValueError(f"solver {solver}: must be euler or heun")
     x = z
@@ -176,32 +178,33 @@ def prediction(F_value, F_dot, u, z, delta):
     """Prediction (paper, Eq. 7 to 9) -> its residual, like z; the paper's Δ_G:
         v - u(f(z, δ), 1 - δ), with v = ∂f/∂δ = F + δ ∂F/∂δ, the velocity of the student's path.
     A perfect student has δ F(z, δ) = ∫ u along the path. The derivative of both sides in δ is
-    v = u, with the teacher at the *student's* own state. No gradient passes through the residual,
-    as in MeanFlow (arXiv 2505.13447).
+    v = u, with the teacher at the *student's* own state. So F minus the residual, u - δ ∂F/∂δ, is
+    the target of F. No gradient passes through it, as in MeanFlow (arXiv 2505.13447).
     F_value = F(z, δ), F_dot = ∂F/∂δ, z (B, ...); delta (B,); u(x, t).
     If you copy this: u has t = 1 at noise and points to data. With a wrong clock or sign the
     residual still shrinks, and the samples are garbage."""
-    v = F_value + expand(delta, z) * F_dot
-    return v - u(flow_map(F_value, z, delta), 1 - delta)
+    v_path = F_value + expand(delta, z) * F_dot
+    return v_path - u(flow_map(F_value, z, delta), 1 - delta)
 
 
 def correction(F_value, u, g, z, n, r):
     """Correction (paper, Eq. 10 and 11) -> its residual, like z, the paper's Δ_N; the loss of g:
         x = f(z, 1), a sample of the student;  x_r = (1 - r) x + r n, the sample under noise;
         v = E[x - n | x_r], the velocity of such samples from noise to data;
-        residual v - u(x_r, r);  loss of g |g(x_r, r) - (x - n)|².
-    v has no formula, so g learns it by flow matching and stands for it. If g = v, the residual is
-    r / (1 - r) times (the student's score minus the teacher's) at noise r: moving samples against
-    it lowers the KL divergence of the noised distributions (only about so for γ other than 1, where
-    u is no score). As x = z + F(z, 1), to move F is to move the sample.
+        residual v - u(x_r, r), with g for v, which has no formula;
+        loss of g |g(x_r, r) - (x - n)|², flow matching: its minimum is g = v.
+    Why it works: with the score s = -E[n | x_r] / r, v = (x_r + r s) / (1 - r). So the residual is
+    r / (1 - r) times (the student's score minus the teacher's). Moving x against it lowers the KL
+    divergence of the noised distributions (at γ = 1; a guided u is not quite a score). As
+    x = z + F(z, 1), F moves with x.
     F_value = F(z, 1), z, n (B, ...); r (B,); u(x, t), g(x, t).
     If you copy this: g starts from the teacher's weights, and this loss alone trains it."""
     x = flow_map(F_value, z, torch.ones_like(r)).detach()  # g's loss moves g alone
     x_r = (1 - expand(r, x)) * x + expand(r, x) * n
-    v = g(x_r, r)  # its gradient trains g, its value gives the residual
-    online_loss = mean_square(v - (x - n))
+    v_online = g(x_r, r)  # its gradient trains g, its value gives the residual
+    online_loss = mean_square(v_online - (x - n))
     with torch.no_grad():
-        residual = v - u(x_r, r)
+        residual = v_online - u(x_r, r)
     return residual, online_loss
 
 
@@ -212,30 +215,32 @@ def mean_square(x):
 
 def weighted(residual, k=1.0, eps=1e-3):
     """w Δ of a residual Δ, with w = 1 / (|Δ|²/d + ε)^k for a sample of d numbers (paper, Table 1; ε
-    is ours). |w Δ| goes as |Δ|^(1 - 2k): at k = 0 large residuals pull most, at 0.5 all pull
-    equally, at 1 small ones pull most, down to |Δ|²/d = ε. residual (B, ...) -> like it."""
+    [ours]). |w Δ| goes as |Δ|^(1 - 2k): at k = 0 large residuals pull most, at 0.5 all pull
+    equally, at 1, the paper's best, small ones, down to |Δ|²/d = ε. Δ and w Δ are (B, ...)."""
     size = residual.flatten(1).square().mean(1)  # (B,)
     return residual / expand((size + eps) ** k, residual)
 
 
 def balance(weighted_p, weighted_c, alpha=1.0, mean=torch.mean):
-    """λ = α mean|w Δ_p| / mean|w Δ_c|: at α = 1 rows of prediction and of correction pull equally
-    hard. (The paper has |Δ| there; |w Δ| is ours.) α if a part is empty. weighted_p (P, ...),
-    weighted_c (C, ...). `mean` maps (B,) to a number: with several processes, the mean over all."""
+    """λ = α min(10, mean|w Δ_p| / (mean|w Δ_c| + 1e-6)): at α = 1 rows of prediction and correction
+    pull equally hard (the paper has |Δ| there; |w Δ| and the cap are [ours]). It is α if a part is
+    empty. weighted_p (P, ...), weighted_c (C, ...). `mean` maps the norms of the rows (B,) to a
+    number: with several processes, the mean over all."""
     if not len(weighted_p) or not len(weighted_c):
         return weighted_p.new_full((), alpha)
     norm_p = mean(weighted_p.flatten(1).norm(dim=1))
     norm_c = mean(weighted_c.flatten(1).norm(dim=1))
-    # [ours] At most 10: g starts as the teacher, so without guidance residual_c is rounding at the
-    # first step, which must not be scaled up to the size of residual_p.
+    # The cap: g starts as the teacher. Where that is not guided (γ = 1, or r above the cut), Δ_c is
+    # rounding at the first step, which must not be scaled up to the size of Δ_p.
     return alpha * (norm_p / (norm_c + 1e-6)).clamp(max=10)
 
 
 def student_loss(F_p, residual_p, F_c, residual_c, k=1.0, alpha=1.0, mean=torch.mean):
     """The student's loss, over rows of prediction and of correction -> loss, λ:
-        loss = (Σ F_p · w Δ_p + λ Σ F_c · w Δ_c) / (count of all numbers), with Δ, w, λ constant.
-    Its gradient in F is w Δ: descent moves F against its residual. Its value means nothing.
-    MeanFlow's |F - sg(F - w Δ)|², where sg stops the gradient, has twice this gradient.
+        loss = (Σ F_p · w Δ_p + λ Σ F_c · w Δ_c) / N, with Δ, w, λ constant, N numbers in all.
+    It is a way to write its gradient, w Δ_p / N in F_p and λ w Δ_c / N in F_c: descent moves F
+    against its residual. Its value means nothing. (Σ |F - sg(F - w Δ)|² / 2N, where sg stops the
+    gradient, is MeanFlow's way to write the same.)
     F_p, residual_p (P, ...); F_c, residual_c (C, ...); k, alpha, mean as above."""
     weighted_p = weighted(residual_p, k).detach()
     weighted_c = weighted(residual_c, k).detach()
@@ -258,10 +263,10 @@ def train(s):
     null = classes  # ∅ comes after the last class
     torch.manual_seed(s.seed)  # for the embedders of δ and γ; their last layers are zero
     student = start_from(teacher, delta=True, gamma=True)  # F(z, δ) starts as u(z, 1) at γ = 1
-    online = start_from(teacher, gamma=True)  # g of the table; it sees γ [ours]
+    online = start_from(teacher, gamma=True)  # g(x_r, r); it sees γ [ours]
     ema = start_from(student).requires_grad_(False)
 
-    # ---- One optimiser, two rates. The paper names neither, nor clipping, nor an average: ours.
+    # ---- One optimiser; each step sets its two rates. Optimiser, rates, clipping, EMA are [ours].
     groups = [{"params": student.parameters()}, {"params": online.parameters()}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0, fused=True)
 
@@ -280,6 +285,7 @@ def train(s):
         print("compiling")
         for block in (*teacher.blocks, *student.blocks, *online.blocks):
             block.compile(dynamic=False)
+        # Its F is a new function in each step, but of the same code: it is traced once.
         derivative = torch.compile(duration_derivative, dynamic=False)
     # With --bf16 networks compute in bfloat16. They return float32, so the objectives are in it.
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=s.bf16)
@@ -288,8 +294,9 @@ def train(s):
     # Its mean of their means is the mean over the batch, because all have equally many rows.
     ddp_student, ddp_online = student, online
     if WORLD > 1:
-        # After its first step DDP would add in another order, and a resumed run would differ in
-        # its last bits. The first flag prevents that.
+        # DDP regroups its buckets after the first step, which changes the order of sums: a resumed
+        # run would differ in its last bits. find_unused_parameters prevents it. Not on a GPU,
+        # where sums have no fixed order anyway.
         flags = dict(find_unused_parameters=device.type == "cpu", gradient_as_bucket_view=True)
         ddp_student, ddp_online = DDP(student, **flags), DDP(online, **flags)
 
@@ -320,28 +327,28 @@ def train(s):
 
     totals, logged, clock = 0, first, time.perf_counter()  # since the last line of the log
     for step in tqdm(range(first, s.steps), file=sys.stdout, disable=None):
-        # ---- The prior: p are the rows for prediction, c those for correction, where δ = 1.
+        # ---- Prediction, on its rows p. The derivative gets the bare student, of the same weights:
+        # a JVP cannot pass through DDP's wrapper.
         p = draw(s.batch - s.rows_c, 2 * step)
-        c = draw(s.rows_c, 2 * step + 1)
-        one = torch.ones_like(c.r)
-
-        # ---- The networks on these rows, as functions of a state and its time or duration.
-        # The derivative needs the bare student: a JVP cannot pass through DDP's wrapper. These are
-        # new functions in each step, but of the same code: torch.compile traces once.
-        # Correction's teacher is guided up to r = cut: guidance above it worsens the paper's FID.
         def student_p(z, delta): return average_velocity(student, z, delta, p.y, p.gamma)
         def teacher_p(x, t): return guided(teacher, x, t, p.y, p.gamma, null, s.interval)
-        def teacher_c(x, t): return guided(teacher, x, t, c.y, c.gamma, null, (0.0, s.cut))
-        def online_c(x, t): return ddp_online(x, t, c.y, gamma=c.gamma)
-
-        # ---- Forward. Only F_p, F_c and online_loss have gradients; the residuals are constants.
         with autocast:
             F_p = average_velocity(ddp_student, p.z, p.delta, p.y, p.gamma)
-            F_c = average_velocity(ddp_student, c.z, one, c.y, c.gamma)
             F_dot = derivative(student_p, p.z, p.delta, F_p.detach(), s.derivative)
             residual_p = prediction(F_p, F_dot, teacher_p, p.z, p.delta)
+
+        # ---- Correction, on its rows c, where δ = 1. Its teacher is guided up to r = cut: guidance
+        # above it worsens the paper's FID.
+        c = draw(s.rows_c, 2 * step + 1)
+        one = torch.ones_like(c.r)
+        def teacher_c(x, t): return guided(teacher, x, t, c.y, c.gamma, null, (0.0, s.cut))
+        def online_c(x, t): return ddp_online(x, t, c.y, gamma=c.gamma)
+        with autocast:
+            F_c = average_velocity(ddp_student, c.z, one, c.y, c.gamma)
             residual_c, online_loss = correction(F_c, teacher_c, online_c, c.z, c.n, c.r)
-            loss, lam = student_loss(F_p, residual_p, F_c, residual_c, s.k, s.alpha, mean_of_all)
+
+        # ---- Loss. F_p, F_c and online_loss have gradients; the residuals are constants.
+        loss, lam = student_loss(F_p, residual_p, F_c, residual_c, s.k, s.alpha, mean_of_all)
 
         # ---- Backward.
         (loss + online_loss).backward()  # they share no parameters
@@ -358,7 +365,8 @@ def train(s):
         for average, weight in zip(ema.parameters(), student.parameters()):
             average.lerp_(weight.detach(), 1 - decay)
 
-        # ---- Housekeeping. Up to here nothing waits for the GPU.
+        # ---- Housekeeping. Up to here nothing waits for the GPU. All processes have to stop at the
+        # same step, so they vote.
         terms = {"prediction": mean_square(residual_p), "correction": mean_square(residual_c),
                  "online": online_loss.detach(), "lambda": lam,
                  "student_norm": student_norm, "online_norm": online_norm}
@@ -388,20 +396,19 @@ def train(s):
 # The method ends here. The rest is settings, processes, files and sampling.
 
 
-# ---- 6. Settings. [paper] marks the paper's values; the others are ours, the preset of 28 too ----
-# `parse` has the defaults of --res 256. --res 28, the default, and 512 change them as follows. (fd
-# makes a step of 28 a fifth shorter.)
+# ---- 6. Settings. [paper: 1] marks the paper's values; the rest and the preset of 28 are ours ----
+# `parse` has the defaults of --res 256. 28, the default --res, and 512 change these.
 PRESETS = {
     28: dict(teacher="assets/teacher-mnist.pt", steps=1750, batch=32, lr=1e-3, online_lr=1e-3,
              alpha=0.3, r_location=0.4, cut=1.0, warmup=20, decay_from=0.3, ema=0.99,
-             derivative="fd", bf16=False, compile=False,
-             eval_samples=256, log_every=25, save_every=500),
+             derivative="fd",  # a step takes a fifth less than by jvp
+             bf16=False, compile=False, eval_samples=256, log_every=25, save_every=500),
     256: {},
     512: dict(teacher="SiT-XL/2-512", checkpointing=True),
 }
-# A run resumes only with the same values of FIXED. It prints which of FREE differ.
-FIXED = """res convention batch correction k alpha gamma interval cut r_location r_scale derivative
-warmup decay_from ema bf16""".split()
+# Other values of FIXED make another run. Those of FREE may change when a run is resumed.
+FIXED = ["res", "convention", "batch", "correction", "k", "alpha", "gamma", "interval", "cut",
+         "r_location", "r_scale", "derivative", "warmup", "decay_from", "ema", "bf16"]
 FREE = ["steps", "lr", "online_lr", "seed"]
 
 
@@ -418,16 +425,19 @@ def within(kind, low, high=1e9):
 
 def parse(argv):
     """The command line -> a namespace of settings. Bad input exits with one line and code 2."""
-    presets = "\n".join(f"--res {res} has other defaults: {PRESETS[res]}" for res in (28, 512))
-    parser = argparse.ArgumentParser("fmd.py", description=__doc__, epilog=presets,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    # --res is read before the rest: it chooses the defaults of the other flags.
+    early = argparse.ArgumentParser(add_help=False)
+    early.add_argument("--res", type=int, default=28)
+    preset = PRESETS.get(early.parse_known_args(argv)[0].res, {})
+
+    parser = argparse.ArgumentParser("fmd.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     # All processes read the same flags: one of them complains.
     parser.error = lambda text: parser.exit(2, f"fmd.py: {text}\n" if RANK == 0 else None)
 
     def add(flag, default, meaning, **more):
-        help = meaning if default is None else f"{meaning} (%(default)s)"
-        parser.add_argument(flag, default=default, help=help, **more)
+        text = meaning if default is None else f"{meaning} (%(default)s)"
+        parser.add_argument(flag, default=default, help=text, **more)
 
     count, amount, share = within(int, 1), within(float, 0), within(float, 0, 1)
     switch = argparse.BooleanOptionalAction
@@ -438,15 +448,15 @@ def parse(argv):
     add("--out", None, "folder (default: out/RES)")
     add("--device", "cuda" if GPU else "cpu", "cuda: one GPU a process", choices=("cuda", "cpu"))
     # Method.
-    add("--steps", 100_000, "optimiser steps [paper]", type=count)
-    add("--batch", 256, "samples a step, of all processes [paper]", type=count)
-    add("--correction", 0.25, "correction's share of the batch [paper]", type=share)
-    add("--k", 1.0, "exponent of the weights [paper]", type=amount)
-    add("--alpha", 1.0, "strength of correction [paper]", type=amount)
+    add("--steps", 100_000, "optimiser steps [paper: 100,000]", type=count)
+    add("--batch", 256, "samples a step, of all processes [paper: 256]", type=count)
+    add("--correction", 0.25, "correction's share of the batch [paper: 0.25]", type=share)
+    add("--k", 1.0, "exponent of the weights [paper: 1]", type=amount)
+    add("--alpha", 1.0, "strength of correction [paper: 1]", type=amount)
     add("--gamma", [1.0, 2.0], "range of γ in training", type=amount, nargs=2)
-    add("--interval", [0.0, 1.0], "prediction is guided at these t", type=share, nargs=2)
-    add("--cut", 0.7, "correction is guided up to this r [paper]", type=share)
-    add("--r-location", 0.8, "mean of the logit of r [paper]", type=within(float, -1e9))
+    add("--interval", [0.0, 1.0], "t at which prediction, rollouts are guided", type=share, nargs=2)
+    add("--cut", 0.7, "correction is guided up to this r [paper: 0.7]", type=share)
+    add("--r-location", 0.8, "mean of the logit of r [paper: 0.8]", type=within(float, -1e9))
     add("--r-scale", 1.0, "its standard deviation", type=amount)
     add("--derivative", "jvp", "∂F/∂δ: exact, or a finite difference", choices=("jvp", "fd"))
     # Optimisation.
@@ -456,7 +466,7 @@ def parse(argv):
     add("--decay-from", 1.0, "share of the steps before the fall to 0; 1: none", type=share)
     add("--ema", 0.9999, "decay of the student's average", type=share)
     add("--seed", 0, "of every draw", type=within(int, 0, 2**63 - 1))
-    add("--bf16", GPU, "networks compute in bfloat16", action=switch)
+    add("--bf16", GPU, "in training, networks compute in bfloat16", action=switch)
     add("--compile", GPU, "torch.compile the blocks and the derivative", action=switch)
     add("--checkpointing", False, "recompute activations, to save memory", action=switch)
     # Housekeeping.
@@ -466,14 +476,13 @@ def parse(argv):
     # Sampling, in place of training.
     add("--sample", None, "N samples of the student", type=count)
     add("--rollout", None, "N samples of the teacher", type=count)
-    add("--ckpt", None, "the student (default: OUT/student.pt)")
+    add("--ckpt", None, "the student (default: OUT/student.pt, at 28 the bundled one)")
     add("--guidance", 1.5, "γ of the samples", type=amount)
     add("--labels", "balanced", "balanced, one label (7) or a range (0-9)")
     add("--solver", "heun", "solver of the rollout", choices=("heun", "euler"))
     add("--rollout-steps", 32, "its steps", type=count)
 
-    # --res is read first: it chooses the defaults of other flags.
-    parser.set_defaults(**PRESETS[parser.parse_known_args(argv)[0].res])
+    parser.set_defaults(**preset)
     s = parser.parse_args(argv)
     s.folder = Path(s.out or f"out/{s.res}")
 
@@ -559,36 +568,39 @@ def load(source, res, convention, vae, device, student=False):
     """-> a frozen teacher or student, what else its file holds, the decoder of its latents or None.
     Whatever clock and sign the file has, the network's t is 1 at noise and its velocity points from
     noise to data. Raises ValueError."""
-    def fetch(source):  # one process of a machine downloads, the others wait
+    def local_file(source):  # one process of a machine downloads, the others wait
         if LOCAL_RANK == 0:
             sit.fetch(source)
         barrier()
         return sit.fetch(source)
 
-    net, info = sit.load(fetch(source), convention=convention)
+    net, info = sit.load(local_file(source), convention=convention)
     shape, classes = net.config["shape"], net.config["classes"]
     if (net.config["delta"], net.config["gamma"]) != (student, student):
         raise ValueError(f"{source}: not a {'student' if student else 'teacher'}")
-    if not (shape == [4, res // 8, res // 8] if res > 28 else shape[0] != 4):
+    latents = res > 28
+    fits = shape == [4, res // 8, res // 8] if latents else shape[0] != 4
+    if not fits:
         raise ValueError(f"{source}: made for {shape}, not for --res {res}")
     print(f"{source}: convention {net.config['convention']} ({info['why']}), labels 0 to "
           f"{classes - 1}, ∅ is {classes}")
-    decoder = sit.load_decoder(fetch(vae)).to(device) if res > 28 else None
+    decoder = sit.load_decoder(local_file(vae)).to(device) if latents else None
     return net.to(device), info, decoder
 
 
-def start_from(teacher, **inputs):
-    """A network with the teacher's weights and added inputs, whose embedders give 0 at first."""
-    net = sit.SiT(**teacher.config | inputs)
-    net.load_state_dict(net.state_dict() | teacher.state_dict())
-    return net.to(teacher.pos_embed.device)
+def start_from(net, **inputs):
+    """A copy of the network with added inputs, whose embedders give 0 at first."""
+    new = sit.SiT(**net.config | inputs)
+    new.load_state_dict(new.state_dict() | net.state_dict())
+    return new.to(net.pos_embed.device)
 
 
 def check_finite(totals, step):
     """Raises ValueError if a term of the log is not finite: so nothing such is saved."""
     if not totals.isfinite().all():
-        raise ValueError(f"step {step}: gradient not finite; the last checkpoint stands. Repeat "
-                         "the command with another --seed, for other draws, or a lower --lr")
+        raise ValueError(f"step {step}: a loss or gradient is not finite; the last checkpoint "
+                         "stands. Repeat the command with another --seed, for other draws, or a "
+                         "lower --lr")
 
 
 def write_line(log, line):
@@ -628,23 +640,25 @@ def open_log(folder):
 
 
 def resume(folder, log, parts, settings):
-    """Load ckpt.pt, if there is one, into the parts and cut the log to it -> its step, else 0.
-    Raises ValueError if it is of another run."""
+    """Load ckpt.pt, if there is one, into the parts, and cut the log to its step -> the step, or 0
+    and an empty log. Raises ValueError if the checkpoint is of another run."""
     path, step, log_size, changed = folder / "ckpt.pt", 0, 0, {}
     if path.exists():
         file = sit.read_file(path)
         try:
             step, log_size, old = file["step"], file["log_size"], file["settings"]
             changed = {name: value for name, value in old.items() if value != settings[name]}
-            same_run = step <= settings["steps"] and not changed.keys() - FREE
-            if same_run:
+            other_run = {name: changed[name] for name in changed if name not in FREE}
+            if not other_run:
                 for name, part in parts.items():
                     part.load_state_dict(file[name])
         except Exception as e:  # whatever a file of another kind raises
             raise ValueError(f"{path}: not a checkpoint of fmd.py ({sit.reason(e)})") from None
-        if not same_run:
-            raise ValueError(f"{path}: not of this run: it has {changed} and {step} steps; give "
-                             "these, or another --out")
+        if other_run:
+            raise ValueError(f"{path}: not of this run: it has {other_run}; give these, or another "
+                             "--out")
+        if step > settings["steps"]:
+            raise ValueError(f"{path}: it has {step} steps already; give more, or another --out")
     if changed:
         print(f"note: up to step {step} this run had {changed}; the rate may jump here")
     steps = [step] * WORLD
@@ -695,6 +709,24 @@ def save_grid(path, images):
     sit.write(path, partial(save_image, images, format="PNG", nrow=10, pad_value=1))
 
 
+def label_range(text, classes):
+    """"balanced", "7" or "0-9" -> the labels, a range. Raises ValueError."""
+    ends = re.fullmatch(r"(\d+)(?:-(\d+))?", f"0-{classes - 1}" if text == "balanced" else text)
+    labels = range(int(ends[1]), int(ends[2] or ends[1]) + 1) if ends else ()
+    if not labels or labels[-1] >= classes:
+        raise ValueError(f"--labels {text}: give N or LOW-HIGH below {classes}")
+    return labels
+
+
+def gather(part):
+    """The processes' tensors, in their order, as one; in process 0."""
+    if WORLD == 1:
+        return part
+    parts = [None] * WORLD if RANK == 0 else None
+    dist.gather_object(part, parts)
+    return torch.cat(parts) if RANK == 0 else None
+
+
 def sample(s):
     """--sample or --rollout: N samples to an npz, as ADM's evaluator reads it, and a grid of some.
     Whatever N and the number of processes, noise i is the same, sample i is equal to rounding."""
@@ -708,11 +740,7 @@ def sample(s):
     net, info, decoder = load(source, s.res, s.convention, s.vae, device, bool(s.sample))
     shape, null = net.config["shape"], net.config["classes"]
 
-    text = f"0-{null - 1}" if s.labels == "balanced" else s.labels
-    ends = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
-    labels = range(int(ends[1]), int(ends[2] or ends[1]) + 1) if ends else ()
-    if not labels or labels[-1] >= null:
-        raise ValueError(f"--labels {s.labels}: give N or LOW-HIGH below {null}")
+    labels = label_range(s.labels, null)
     low, high = info.get("gamma", (0, math.inf))
     if s.sample and not low <= s.guidance <= high:
         print(f"note: --guidance {s.guidance}: the student was trained with {low} to {high}")
@@ -730,17 +758,14 @@ def sample(s):
         mine = rows[RANK * len(rows) // WORLD:(RANK + 1) * len(rows) // WORLD]
         y = torch.tensor([labels[i % len(labels)] for i in mine], dtype=torch.long)
         x = sampler(noises(s.seed, mine, shape).to(device), y.to(device))
-        part = to_uint8(x, decoder)
-        parts = [part] * WORLD
-        if WORLD > 1:
-            dist.gather_object(part, parts if RANK == 0 else None)
+        part = gather(to_uint8(x, decoder))
         if RANK == 0:
             if images is None:
                 images = part.new_empty((count, *part.shape[1:]))
-            images[start:start + len(rows)] = torch.cat(parts)
+            images[start:start + len(rows)] = part
     if RANK == 0:
-        seconds, y = time.perf_counter() - clock, np.resize(labels, count)
-        sit.write(path, partial(np.savez, arr_0=images.numpy(), arr_1=y))
+        seconds = time.perf_counter() - clock
+        sit.write(path, partial(np.savez, arr_0=images.numpy(), arr_1=np.resize(labels, count)))
         save_grid(path.with_suffix(".png"), images[:100])
         print(f"{path}: {count} samples of {source}, {1e3 * seconds / count:.2f} ms each")
 
