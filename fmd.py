@@ -20,9 +20,10 @@ Time: t = 1 IS NOISE, t = 0 IS DATA. Velocities point from noise to data.
   x_r        (1 - r) x + r n, a sample x under fresh noise n; r (B,)
   g(x_r, r)  the online network, trained beside the student: the velocity of its x_r
 
-u, F and g depend on y and γ as well. A name that ends in _p belongs to rows of prediction (the
-paper's index G), in _c to rows of correction (the paper's N). [ours] marks a choice that the paper
-does not make. Sections 1 to 5 are the method; 6 to 10 are settings, processes, files and sampling.
+u, F and g depend on y and γ as well. F_value, F_p, F_c are values of F; F_dot is ∂F/∂δ. A name that
+ends in _p belongs to rows of prediction (the paper's index G), in _c to rows of correction (its N).
+[ours] marks a choice that the paper does not make. Sections 1 to 5 are the method. Sections 6 to 10
+are settings, processes, files and sampling.
 
 Launch:
   python fmd.py                                            distil the bundled teacher of MNIST's
@@ -71,17 +72,11 @@ from tqdm import tqdm
 
 import sit
 
-try:
-    import fcntl
-except ImportError:
-    fcntl = None  # on Windows
-
-# This process's number among all and on its machine, and the number of all.
+# RANK numbers this process among all, LOCAL_RANK among those of its machine. WORLD counts all.
 RANK, LOCAL_RANK, WORLD = 0, 0, 1
 if dist.is_torchelastic_launched():  # by torchrun
     RANK, LOCAL_RANK = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     WORLD = int(os.environ["WORLD_SIZE"])
-PARENT = os.getppid()
 GPU = torch.cuda.is_available()
 
 
@@ -167,7 +162,8 @@ def duration_derivative(F, z, delta, F_value=None, method="jvp", h=5e-3):
     must agree; its time embedding is smooth in δ, so not rounded to integers."""
     if method == "fd":
         F_value = F(z, delta) if F_value is None else F_value
-        return (F_value - F(z, delta - h)) / h  # δ may be below h: there δ ∂F/∂δ is small
+        # Where δ < h this calls F at a negative δ. The error is small: ∂F/∂δ is multiplied by δ.
+        return (F_value - F(z, delta - h)) / h
     with sdpa_kernel(SDPBackend.MATH):
         return torch.func.jvp(lambda d: F(z, d), (delta,), (torch.ones_like(delta),))[1]
 
@@ -188,15 +184,17 @@ def prediction(F_value, F_dot, u, z, delta):
 
 
 def correction(F_value, u, g, z, n, r):
-    """Correction (paper, Eq. 10 and 11) -> its residual, like z, the paper's Δ_N; the loss of g:
-        x = f(z, 1), a sample of the student;  x_r = (1 - r) x + r n, the sample under noise;
-        v = E[x - n | x_r], the velocity of such samples from noise to data;
-        residual v - u(x_r, r), with g for v, which has no formula;
-        loss of g |g(x_r, r) - (x - n)|², flow matching: its minimum is g = v.
-    Why it works: with the score s = -E[n | x_r] / r, v = (x_r + r s) / (1 - r). So the residual is
-    r / (1 - r) times (the student's score minus the teacher's). Moving x against it lowers the KL
-    divergence of the noised distributions (at γ = 1; a guided u is not quite a score). As
-    x = z + F(z, 1), F moves with x.
+    """Correction (paper, Eq. 10 and 11) -> its residual, like z, the paper's Δ_N; the loss of g.
+        x = f(z, 1)               a sample of the student
+        x_r = (1 - r) x + r n     the sample under noise
+        v = E[x - n | x_r]        the velocity of the student's noised samples
+        v - u(x_r, r)             the residual
+    The expectation v has no formula. So g is trained to estimate it, by flow matching: the loss of
+    g is |g(x_r, r) - (x - n)|².
+    Why it works: x - n is (x_r - n) / (1 - r), and E[n | x_r] is -r times the score. So the
+    residual is r / (1 - r) times (the student's score minus the teacher's). This difference is the
+    gradient in x_r of the KL divergence between the two noised distributions, and x = z + F(z, 1):
+    descent moves F against it. (With guidance, γ other than 1, u has no exact score.)
     F_value = F(z, 1), z, n (B, ...); r (B,); u(x, t), g(x, t).
     If you copy this: g starts from the teacher's weights, and this loss alone trains it."""
     x = flow_map(F_value, z, torch.ones_like(r)).detach()  # g's loss moves g alone
@@ -214,47 +212,48 @@ def mean_square(x):
 
 
 def weighted(residual, k=1.0, eps=1e-3):
-    """w Δ of a residual Δ, with w = 1 / (|Δ|²/d + ε)^k for a sample of d numbers (paper, Table 1; ε
-    [ours]). |w Δ| goes as |Δ|^(1 - 2k): at k = 0 large residuals pull most, at 0.5 all pull
-    equally, at 1, the paper's best, small ones, down to |Δ|²/d = ε. Δ and w Δ are (B, ...)."""
+    """w Δ of a residual Δ (B, ...), with w = 1 / (|Δ|²/d + ε)^k for a sample of d numbers (paper,
+    Table 1; ε [ours]). So |w Δ| is about |Δ|^(1 - 2k). k = 0: large residuals pull most; k = 0.5:
+    all pull equally; k = 1, the paper's best: small residuals pull most, down to |Δ|²/d = ε."""
     size = residual.flatten(1).square().mean(1)  # (B,)
     return residual / expand((size + eps) ** k, residual)
 
 
 def balance(weighted_p, weighted_c, alpha=1.0, mean=torch.mean):
-    """λ = α min(10, mean|w Δ_p| / (mean|w Δ_c| + 1e-6)): at α = 1 rows of prediction and correction
-    pull equally hard (the paper has |Δ| there; |w Δ| and the cap are [ours]). It is α if a part is
-    empty. weighted_p (P, ...), weighted_c (C, ...). `mean` maps the norms of the rows (B,) to a
-    number: with several processes, the mean over all."""
+    """λ = α min(10, mean|w Δ_p| / (mean|w Δ_c| + 1e-6)). With α = 1 a row of correction pulls as
+    hard as one of prediction, on average. The paper has |Δ| in place of |w Δ|; this and the cap are
+    [ours]. λ is α if a part is empty. weighted_p (P, ...), weighted_c (C, ...). `mean` maps the
+    norms of the rows (B,) to a number: with several processes, to the mean over all."""
     if not len(weighted_p) or not len(weighted_c):
         return weighted_p.new_full((), alpha)
     norm_p = mean(weighted_p.flatten(1).norm(dim=1))
     norm_c = mean(weighted_c.flatten(1).norm(dim=1))
-    # The cap: g starts as the teacher. Where that is not guided (γ = 1, or r above the cut), Δ_c is
-    # rounding at the first step, which must not be scaled up to the size of Δ_p.
+    # The cap: g starts as the teacher. So where the teacher is not guided, Δ_c is rounding error at
+    # the first step. This must not be scaled up to the size of Δ_p.
     return alpha * (norm_p / (norm_c + 1e-6)).clamp(max=10)
 
 
 def student_loss(F_p, residual_p, F_c, residual_c, k=1.0, alpha=1.0, mean=torch.mean):
-    """The student's loss, over rows of prediction and of correction -> loss, λ:
-        loss = (Σ F_p · w Δ_p + λ Σ F_c · w Δ_c) / N, with Δ, w, λ constant, N numbers in all.
-    It is a way to write its gradient, w Δ_p / N in F_p and λ w Δ_c / N in F_c: descent moves F
-    against its residual. Its value means nothing. (Σ |F - sg(F - w Δ)|² / 2N, where sg stops the
-    gradient, is MeanFlow's way to write the same.)
+    """The student's loss -> loss, λ. We choose the gradient, and then write a loss that has it:
+        loss = (Σ F_p · w Δ_p + λ Σ F_c · w Δ_c) / N, with Δ, w, λ constant, N the count of numbers.
+    The gradient is w Δ_p / N in F_p and λ w Δ_c / N in F_c: descent moves F against the residual.
+    MeanFlow writes Σ |F - sg(F - w Δ)|² / 2N, where sg stops the gradient: the same gradient.
+    The value of the loss means nothing, and is not logged.
     F_p, residual_p (P, ...); F_c, residual_c (C, ...); k, alpha, mean as above."""
     weighted_p = weighted(residual_p, k).detach()
     weighted_c = weighted(residual_c, k).detach()
     lam = balance(weighted_p, weighted_c, alpha, mean)
-    total = (F_p * weighted_p).sum() + (F_c * lam * weighted_c).sum()
+    total = (F_p * weighted_p).sum() + lam * (F_c * weighted_c).sum()
     return total / (F_p.numel() + F_c.numel()), lam
 
 
 # ---- 5. The training loop ----
 def train(s):
     """Distil. s: the settings of section 6. Writes student.pt, ckpt.pt, metrics.jsonl and pairs.png
-    to s.folder. The same command, repeated, goes on from ckpt.pt: with the same number of processes
-    on a CPU bit for bit as if it had never stopped, else equal to rounding. Each of WORLD processes
-    runs this, on its rows of the batch; only the one with RANK 0 prints and writes."""
+    to s.folder. The same command, repeated, goes on from ckpt.pt. On a CPU, with the same number of
+    processes, the weights are then bit for bit those of a run that never stopped; else they are
+    equal up to rounding. Each of WORLD processes runs this function on its rows of the batch. Only
+    process 0 prints and writes."""
     device = join(s.device)
 
     # ---- Networks. Student, online network and the student's average start as the teacher.
@@ -285,18 +284,18 @@ def train(s):
         print("compiling")
         for block in (*teacher.blocks, *student.blocks, *online.blocks):
             block.compile(dynamic=False)
-        # Its F is a new function in each step, but of the same code: it is traced once.
+        # It gets a new function `student_p` in each step, but of the same code: one graph.
         derivative = torch.compile(duration_derivative, dynamic=False)
     # With --bf16 networks compute in bfloat16. They return float32, so the objectives are in it.
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=s.bf16)
 
-    # ---- DDP averages the gradients over the processes, of all passes through its wrapper.
-    # Its mean of their means is the mean over the batch, because all have equally many rows.
+    # ---- DDP averages the gradients of the processes. All have equally many rows, so this is the
+    # gradient of the whole batch. The student runs twice before `backward`: DDP waits for both.
     ddp_student, ddp_online = student, online
     if WORLD > 1:
-        # DDP regroups its buckets after the first step, which changes the order of sums: a resumed
-        # run would differ in its last bits. find_unused_parameters prevents it. Not on a GPU,
-        # where sums have no fixed order anyway.
+        # DDP regroups its buckets after the first step. The order of sums changes, and a resumed
+        # run would differ in its last bits. find_unused_parameters prevents the regrouping. On a
+        # GPU sums have no fixed order anyway.
         flags = dict(find_unused_parameters=device.type == "cpu", gradient_as_bucket_view=True)
         ddp_student, ddp_online = DDP(student, **flags), DDP(online, **flags)
 
@@ -319,16 +318,17 @@ def train(s):
         signal.signal(number, lambda *_: stopped.set())
 
     # ---- Draws. Each has a seed of its own, made of --seed and the step. So a checkpoint needs no
-    # states of generators, and nothing depends on the number of processes.
+    # states of generators, and the draws do not depend on the number of processes.
     def draw(rows, key):
         source = generator(device, s.seed, key)
         r_logit = s.r_location, s.r_scale
         return shard(prior(rows, shape, classes, s.gamma, r_logit, source, device), RANK, WORLD)
 
-    totals, logged, clock = 0, first, time.perf_counter()  # since the last line of the log
-    for step in tqdm(range(first, s.steps), file=sys.stdout, disable=None):
-        # ---- Prediction, on its rows p. The derivative gets the bare student, of the same weights:
-        # a JVP cannot pass through DDP's wrapper.
+    totals, logged, timer = 0, first, time.perf_counter()  # since the last line of the log
+    bar = dict(initial=first, total=s.steps, file=sys.stdout, disable=None)
+    for step in tqdm(range(first, s.steps), **bar):
+        # ---- Prediction, on its rows p. F is computed twice: F_p with gradient, and in the
+        # derivative without, by the bare student, as a JVP cannot pass through DDP's wrapper.
         p = draw(s.batch - s.rows_c, 2 * step)
         def student_p(z, delta): return average_velocity(student, z, delta, p.y, p.gamma)
         def teacher_p(x, t): return guided(teacher, x, t, p.y, p.gamma, null, s.interval)
@@ -337,8 +337,8 @@ def train(s):
             F_dot = derivative(student_p, p.z, p.delta, F_p.detach(), s.derivative)
             residual_p = prediction(F_p, F_dot, teacher_p, p.z, p.delta)
 
-        # ---- Correction, on its rows c, where δ = 1. Its teacher is guided up to r = cut: guidance
-        # above it worsens the paper's FID.
+        # ---- Correction, on its rows c, where δ = 1. Its teacher is guided up to r = cut only:
+        # guidance at higher noise worsens the paper's FID.
         c = draw(s.rows_c, 2 * step + 1)
         one = torch.ones_like(c.r)
         def teacher_c(x, t): return guided(teacher, x, t, c.y, c.gamma, null, (0.0, s.cut))
@@ -356,37 +356,38 @@ def train(s):
         online_norm = clip_grad_norm_(online.parameters(), 1)
 
         # ---- Update.
-        share = learning_rate(step, s.steps, s.warmup, s.decay_from)
+        scale = learning_rate(step, s.steps, s.warmup, s.decay_from)
         for group, peak in zip(optimizer.param_groups, (s.lr, s.online_lr)):
-            group["lr"] = peak * share
+            group["lr"] = peak * scale
         optimizer.step()
         optimizer.zero_grad()
         decay = min(s.ema, (1 + step) / (10 + step))  # the average forgets its start
         for average, weight in zip(ema.parameters(), student.parameters()):
             average.lerp_(weight.detach(), 1 - decay)
 
-        # ---- Housekeeping. Up to here nothing waits for the GPU. All processes have to stop at the
-        # same step, so they vote.
+        # ---- Log. The terms are summed without waiting for the GPU.
         terms = {"prediction": mean_square(residual_p), "correction": mean_square(residual_c),
                  "online": online_loss.detach(), "lambda": lam,
                  "student_norm": student_norm, "online_norm": online_norm}
         totals = totals + torch.stack([*terms.values()])
         done = step + 1
+        # All processes have to stop at the same step, so they vote.
         stopping = any_process(stopped.is_set() or orphaned())
         saving = stopping or done == s.steps or done % s.save_every == 0
         if saving or done % s.log_every == 0:
             check_finite(totals, done)
             means = [mean_of_all(total / (done - logged)).item() for total in totals]
             line = dict(zip(terms, means))
-            line |= {"step": done, "lr": s.lr * share,
-                     "images_per_s": s.batch * (done - logged) / (time.perf_counter() - clock),
+            line |= {"step": done, "lr": s.lr * scale,
+                     "images_per_s": s.batch * (done - logged) / (time.perf_counter() - timer),
                      "gpu_gb": torch.cuda.max_memory_allocated() / 1e9}
             if saving and RANK == 0:
                 line["endpoint_error"] = evaluate()
             write_line(log, line)
+            # ---- Save.
             if saving:
                 save(s.folder, parts, settings, done, log)
-            totals, logged, clock = 0, done, time.perf_counter()
+            totals, logged, timer = 0, done, time.perf_counter()
         if stopping:
             print(f"saved after step {done}; repeat the command to go on")
             return
@@ -396,8 +397,10 @@ def train(s):
 # The method ends here. The rest is settings, processes, files and sampling.
 
 
-# ---- 6. Settings. [paper: 1] marks the paper's values; the rest and the preset of 28 are ours ----
-# `parse` has the defaults of --res 256. 28, the default --res, and 512 change these.
+# ---- 6. Settings ----
+# The defaults in `parse` are those of --res 256. "[paper: 1]" marks the paper's values; the rest is
+# ours. --res 28, which is the default, and --res 512 replace some of them as follows. --help shows
+# the defaults in force.
 PRESETS = {
     28: dict(teacher="assets/teacher-mnist.pt", steps=1750, batch=32, lr=1e-3, online_lr=1e-3,
              alpha=0.3, r_location=0.4, cut=1.0, warmup=20, decay_from=0.3, ema=0.99,
@@ -425,15 +428,16 @@ def within(kind, low, high=1e9):
 
 def parse(argv):
     """The command line -> a namespace of settings. Bad input exits with one line and code 2."""
-    # --res is read before the rest: it chooses the defaults of the other flags.
-    early = argparse.ArgumentParser(add_help=False)
-    early.add_argument("--res", type=int, default=28)
-    preset = PRESETS.get(early.parse_known_args(argv)[0].res, {})
+    def error(text):  # all processes read the same flags: one of them complains
+        parser.exit(2, f"fmd.py: {text}\n" if RANK == 0 else None)
 
+    # --res is read before the rest: it chooses the defaults of the other flags.
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--res", type=int, default=28)
     parser = argparse.ArgumentParser("fmd.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    # All processes read the same flags: one of them complains.
-    parser.error = lambda text: parser.exit(2, f"fmd.py: {text}\n" if RANK == 0 else None)
+    early.error = parser.error = error
+    preset = PRESETS.get(early.parse_known_args(argv)[0].res, {})
 
     def add(flag, default, meaning, **more):
         text = meaning if default is None else f"{meaning} (%(default)s)"
@@ -443,7 +447,7 @@ def parse(argv):
     switch = argparse.BooleanOptionalAction
     add("--res", 28, "28: pixels of any size; 256, 512: latents", type=int, choices=PRESETS)
     add("--teacher", "SiT-XL/2", "file, name in sit.RELEASED or URL")
-    add("--vae", "sd-vae-ft-ema", "decoder of the latents, likewise")
+    add("--vae", "sd-vae-ft-ema", "decoder of the latents: file, name or URL")
     add("--convention", None, "a file's clock and sign, if not found", choices=("sit", "repa"))
     add("--out", None, "folder (default: out/RES)")
     add("--device", "cuda" if GPU else "cpu", "cuda: one GPU a process", choices=("cuda", "cpu"))
@@ -457,7 +461,7 @@ def parse(argv):
     add("--interval", [0.0, 1.0], "t at which prediction, rollouts are guided", type=share, nargs=2)
     add("--cut", 0.7, "correction is guided up to this r [paper: 0.7]", type=share)
     add("--r-location", 0.8, "mean of the logit of r [paper: 0.8]", type=within(float, -1e9))
-    add("--r-scale", 1.0, "its standard deviation", type=amount)
+    add("--r-scale", 1.0, "standard deviation of the logit of r", type=amount)
     add("--derivative", "jvp", "∂F/∂δ: exact, or a finite difference", choices=("jvp", "fd"))
     # Optimisation.
     add("--lr", 1e-4, "peak rate of the student", type=amount)
@@ -480,7 +484,7 @@ def parse(argv):
     add("--guidance", 1.5, "γ of the samples", type=amount)
     add("--labels", "balanced", "balanced, one label (7) or a range (0-9)")
     add("--solver", "heun", "solver of the rollout", choices=("heun", "euler"))
-    add("--rollout-steps", 32, "its steps", type=count)
+    add("--rollout-steps", 32, "steps of the rollout", type=count)
 
     parser.set_defaults(**preset)
     s = parser.parse_args(argv)
@@ -488,20 +492,20 @@ def parse(argv):
 
     for name, (low, high) in {"gamma": s.gamma, "interval": s.interval}.items():
         if low > high:
-            parser.error(f"--{name} {low} {high}: the lower end comes first")
+            error(f"--{name} {low} {high}: the lower end comes first")
     if s.sample and s.rollout:
-        parser.error(f"--rollout {s.rollout}: not together with --sample")
+        error(f"--rollout {s.rollout}: not together with --sample")
     if s.derivative == "fd" and s.bf16:
-        parser.error("--derivative fd: too coarse in bfloat16; give --no-bf16 or --derivative jvp")
+        error("--derivative fd: too coarse in bfloat16; give --no-bf16 or --derivative jvp")
     rank, world = os.environ.get("RANK") or "0", os.environ.get("WORLD_SIZE") or "1"
     if (rank, world) != ("0", "1") and not dist.is_torchelastic_launched():
-        parser.error(f"RANK={rank} WORLD_SIZE={world} are set, but not by torchrun: unset them")
+        error(f"RANK={rank} WORLD_SIZE={world} are set, but not by torchrun: unset them")
     s.rows_c = round(s.batch * s.correction)
     divisor = math.gcd(s.rows_c, s.batch - s.rows_c)
     if divisor % WORLD and not (s.sample or s.rollout):
         fits = [n for n in range(1, divisor + 1) if divisor % n == 0]
-        parser.error(f"--batch {s.batch}: {WORLD} processes cannot share {s.batch - s.rows_c} rows "
-                     f"of prediction and {s.rows_c} of correction; {fits} can")
+        error(f"--batch {s.batch}: {WORLD} processes cannot share {s.batch - s.rows_c} rows of "
+              f"prediction and {s.rows_c} of correction; {fits} can")
     return s
 
 
@@ -519,6 +523,9 @@ def join(kind):
         if kind == "cpu":  # else gloo may abort at exit
             atexit.register(dist.destroy_process_group)
     return device
+
+
+PARENT = os.getppid()
 
 
 def orphaned():
@@ -576,10 +583,13 @@ def load(source, res, convention, vae, device, student=False):
 
     net, info = sit.load(local_file(source), convention=convention)
     shape, classes = net.config["shape"], net.config["classes"]
-    if (net.config["delta"], net.config["gamma"]) != (student, student):
+    if net.config["delta"] != student or net.config["gamma"] != student:
         raise ValueError(f"{source}: not a {'student' if student else 'teacher'}")
-    latents = res > 28
-    fits = shape == [4, res // 8, res // 8] if latents else shape[0] != 4
+    latents = res > 28  # --res 28 stands for pixels of any size
+    if latents:
+        fits = shape == [4, res // 8, res // 8]
+    else:
+        fits = shape[0] != 4
     if not fits:
         raise ValueError(f"{source}: made for {shape}, not for --res {res}")
     print(f"{source}: convention {net.config['convention']} ({info['why']}), labels 0 to "
@@ -590,8 +600,10 @@ def load(source, res, convention, vae, device, student=False):
 
 def start_from(net, **inputs):
     """A copy of the network with added inputs, whose embedders give 0 at first."""
-    new = sit.SiT(**net.config | inputs)
-    new.load_state_dict(new.state_dict() | net.state_dict())
+    config = net.config | inputs
+    new = sit.SiT(**config)
+    weights = new.state_dict() | net.state_dict()  # the new embedders keep theirs
+    new.load_state_dict(weights)
     return new.to(net.pos_embed.device)
 
 
@@ -632,8 +644,10 @@ def open_log(folder):
         return None
     log = open(folder / "metrics.jsonl", "a")
     try:
-        if fcntl:  # a lock that ends with the process
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        import fcntl
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a lock that ends with the process
+    except ImportError:
+        pass  # Windows has no such lock
     except BlockingIOError:
         raise ValueError(f"--out {folder}: another run is at work there") from None
     return log
@@ -642,7 +656,8 @@ def open_log(folder):
 def resume(folder, log, parts, settings):
     """Load ckpt.pt, if there is one, into the parts, and cut the log to its step -> the step, or 0
     and an empty log. Raises ValueError if the checkpoint is of another run."""
-    path, step, log_size, changed = folder / "ckpt.pt", 0, 0, {}
+    path = folder / "ckpt.pt"
+    step, log_size, changed = 0, 0, {}
     if path.exists():
         file = sit.read_file(path)
         try:
@@ -710,8 +725,10 @@ def save_grid(path, images):
 
 
 def label_range(text, classes):
-    """"balanced", "7" or "0-9" -> the labels, a range. Raises ValueError."""
-    ends = re.fullmatch(r"(\d+)(?:-(\d+))?", f"0-{classes - 1}" if text == "balanced" else text)
+    """The labels that --labels names: all for "balanced", else N or LOW-HIGH. Raises ValueError."""
+    if text == "balanced":
+        return range(classes)
+    ends = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
     labels = range(int(ends[1]), int(ends[2] or ends[1]) + 1) if ends else ()
     if not labels or labels[-1] >= classes:
         raise ValueError(f"--labels {text}: give N or LOW-HIGH below {classes}")
@@ -729,18 +746,19 @@ def gather(part):
 
 def sample(s):
     """--sample or --rollout: N samples to an npz, as ADM's evaluator reads it, and a grid of some.
-    Whatever N and the number of processes, noise i is the same, sample i is equal to rounding."""
-    device, count = join(s.device), s.sample or s.rollout
+    Whatever N and the number of processes, noise i is the same, and sample i up to rounding."""
+    device = join(s.device)
+    count = s.sample or s.rollout
     if s.sample:
         source, path = s.ckpt or s.folder / "student.pt", s.folder / "samples.npz"
-        if s.res == 28 and not (s.ckpt or s.out or source.exists()):
+        if s.res == 28 and not (s.ckpt or s.out or source.exists()):  # nothing was trained yet
             source = "assets/student-mnist.pt"
     else:
         source, path = s.teacher, s.folder / "rollout.npz"
-    net, info, decoder = load(source, s.res, s.convention, s.vae, device, bool(s.sample))
+    net, info, decoder = load(source, s.res, s.convention, s.vae, device, student=bool(s.sample))
     shape, null = net.config["shape"], net.config["classes"]
 
-    labels = label_range(s.labels, null)
+    labels = label_range(s.labels, net.config["classes"])
     low, high = info.get("gamma", (0, math.inf))
     if s.sample and not low <= s.guidance <= high:
         print(f"note: --guidance {s.guidance}: the student was trained with {low} to {high}")
@@ -792,7 +810,7 @@ def main(argv):
     except torch.OutOfMemoryError:
         print("fmd.py: GPU memory is full: give --checkpointing, a lower --batch or more "
               "processes (samples: a lower CHUNK)", file=sys.stderr)
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError) as e:  # of any process: each may fail alone
         print(f"fmd.py: {e}", file=sys.stderr)
     except torch._dynamo.exc.BackendCompilerFailed as e:  # for example, there is no C++ compiler
         print(f"fmd.py: --compile: {sit.reason(e)}; use --no-compile", file=sys.stderr)

@@ -1192,6 +1192,7 @@ def test_rollout_command_is_the_rollout(work, solver):
 
 BAD = [
     ("--res 27", "argument --res: invalid choice: 27"),
+    ("--res abc", "argument --res: invalid int value: 'abc'"),
     ("--batch 0", r"--batch: 0 must be from 1 to 1e\+09"),
     ("--correction nan", "--correction: nan must be from 0 to 1"),
     ("--k inf", "--k: inf must be from 0"),
