@@ -159,7 +159,8 @@ def duration_derivative(F, z, delta, F_value=None, method="jvp", h=5e-3):
     fd: backward difference with an error of O(h), in float32: the rounding of bfloat16 or TF32,
     divided by h, would drown it. F_value = F(z, δ), if given, saves it a call.
     If you copy this: F is the bare network, not DDP's wrapper; it has no dropout, because two calls
-    must agree; its time embedding is smooth in δ, so not rounded to integers."""
+    must agree; its time embedding is smooth in δ, so not rounded to integers. For fd, switch
+    autocast and TF32 off yourself."""
     if method == "fd":
         F_value = F(z, delta) if F_value is None else F_value
         # Where δ < h this calls F at a negative δ. The error is small: ∂F/∂δ is multiplied by δ.
@@ -192,9 +193,11 @@ def correction(F_value, u, g, z, n, r):
     The expectation v has no formula. So g is trained to estimate it, by flow matching: the loss of
     g is |g(x_r, r) - (x - n)|².
     Why it works: x - n is (x_r - n) / (1 - r), and E[n | x_r] is -r times the score. So the
-    residual is r / (1 - r) times (the student's score minus the teacher's). This difference is the
-    gradient in x_r of the KL divergence between the two noised distributions, and x = z + F(z, 1):
-    descent moves F against it. (With guidance, γ other than 1, u has no exact score.)
+    residual is r / (1 - r) times (the student's score minus the teacher's) at x_r. Moving samples
+    against this difference lowers KL(student, teacher) of the noised distributions, as in DMD
+    (arXiv 2311.18828). Factors that depend on r alone, as the 1 - r between x_r and x, only
+    weight the noise levels. As x = z + F(z, 1), F moves as x does. (With guidance, γ other than 1,
+    u has no exact score.)
     F_value = F(z, 1), z, n (B, ...); r (B,); u(x, t), g(x, t).
     If you copy this: g starts from the teacher's weights, and this loss alone trains it."""
     x = flow_map(F_value, z, torch.ones_like(r)).detach()  # g's loss moves g alone
@@ -228,16 +231,16 @@ def balance(weighted_p, weighted_c, alpha=1.0, mean=torch.mean):
         return weighted_p.new_full((), alpha)
     norm_p = mean(weighted_p.flatten(1).norm(dim=1))
     norm_c = mean(weighted_c.flatten(1).norm(dim=1))
-    # The cap: g starts as the teacher. So where the teacher is not guided, Δ_c is rounding error at
-    # the first step. This must not be scaled up to the size of Δ_p.
+    # The cap: g starts as the teacher. So if no row is guided (γ = 1, or all r above the cut), Δ_c
+    # is rounding error at the first step. This must not be scaled up to the size of Δ_p.
     return alpha * (norm_p / (norm_c + 1e-6)).clamp(max=10)
 
 
 def student_loss(F_p, residual_p, F_c, residual_c, k=1.0, alpha=1.0, mean=torch.mean):
     """The student's loss -> loss, λ. We choose the gradient, and then write a loss that has it:
-        loss = (Σ F_p · w Δ_p + λ Σ F_c · w Δ_c) / N, with Δ, w, λ constant, N the count of numbers.
-    The gradient is w Δ_p / N in F_p and λ w Δ_c / N in F_c: descent moves F against the residual.
-    MeanFlow writes Σ |F - sg(F - w Δ)|² / 2N, where sg stops the gradient: the same gradient.
+        loss = (Σ F_p · w Δ_p + λ Σ F_c · w Δ_c) / M, with Δ, w, λ constant, M the count of numbers.
+    The gradient is w Δ_p / M in F_p and λ w Δ_c / M in F_c: descent moves F against the residual.
+    MeanFlow writes Σ |F - sg(F - w Δ)|² / 2M, where sg stops the gradient: the same gradient.
     The value of the loss means nothing, and is not logged.
     F_p, residual_p (P, ...); F_c, residual_c (C, ...); k, alpha, mean as above."""
     weighted_p = weighted(residual_p, k).detach()
@@ -253,7 +256,8 @@ def train(s):
     to s.folder. The same command, repeated, goes on from ckpt.pt. On a CPU, with the same number of
     processes, the weights are then bit for bit those of a run that never stopped; else they are
     equal up to rounding. Each of WORLD processes runs this function on its rows of the batch. Only
-    process 0 prints and writes."""
+    process 0 prints and writes. The functions that it calls and you have not met are in sections 7
+    to 9; on a first reading, go to the loop at once."""
     device = join(s.device)
 
     # ---- Networks. Student, online network and the student's average start as the teacher.
@@ -277,27 +281,14 @@ def train(s):
     first = resume(s.folder, log, parts, settings)
     print(f"{vars(s)}\nfrom step {first}")
 
-    # ---- Memory and compilation, block by block: DDP and checkpointing stay outside of the graphs.
+    # ---- Memory, compilation, precision, DDP.
     student.checkpointing = online.checkpointing = s.checkpointing  # of activations
     derivative = duration_derivative
     if s.compile:
-        print("compiling")
-        for block in (*teacher.blocks, *student.blocks, *online.blocks):
-            block.compile(dynamic=False)
-        # It gets a new function `student_p` in each step, but of the same code: one graph.
-        derivative = torch.compile(duration_derivative, dynamic=False)
+        derivative = compile_derivative_and_blocks(teacher, student, online)
     # With --bf16 networks compute in bfloat16. They return float32, so the objectives are in it.
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=s.bf16)
-
-    # ---- DDP averages the gradients of the processes. All have equally many rows, so this is the
-    # gradient of the whole batch. The student runs twice before `backward`: DDP waits for both.
-    ddp_student, ddp_online = student, online
-    if WORLD > 1:
-        # DDP regroups its buckets after the first step. The order of sums changes, and a resumed
-        # run would differ in its last bits. find_unused_parameters prevents the regrouping. On a
-        # GPU sums have no fixed order anyway.
-        flags = dict(find_unused_parameters=device.type == "cpu", gradient_as_bucket_view=True)
-        ddp_student, ddp_online = DDP(student, **flags), DDP(online, **flags)
+    ddp_student, ddp_online = distribute(student, device), distribute(online, device)
 
     # ---- Evaluation: fixed noises, γ in the middle of its range, the teacher's samples φ.
     gamma_eval = sum(s.gamma) / 2
@@ -305,17 +296,7 @@ def train(s):
         z_eval = noises(s.seed, range(s.eval_samples), shape).to(device)
         y_eval = torch.arange(s.eval_samples, device=device) % classes
         phi = many_steps(teacher, z_eval, y_eval, gamma_eval, null, 16, interval=s.interval)
-
-    def evaluate():
-        x = one_step(ema, z_eval, y_eval, gamma_eval)
-        pairs = torch.stack([phi, x], 1)[:50].flatten(0, 1)
-        save_grid(s.folder / "pairs.png", to_uint8(pairs, decoder))
-        return endpoint_error(x, phi).mean().item()
-
-    # ---- SIGTERM and Ctrl-C finish the step and save.
-    stopped = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopped.set())
+    stopped = stop_event()
 
     # ---- Draws. Each has a seed of its own, made of --seed and the step. So a checkpoint needs no
     # states of generators, and the draws do not depend on the number of processes.
@@ -334,7 +315,7 @@ def train(s):
         def teacher_p(x, t): return guided(teacher, x, t, p.y, p.gamma, null, s.interval)
         with autocast:
             F_p = average_velocity(ddp_student, p.z, p.delta, p.y, p.gamma)
-            F_dot = derivative(student_p, p.z, p.delta, F_p.detach(), s.derivative)
+            F_dot = derivative(student_p, p.z, p.delta, F_p.detach(), method=s.derivative)
             residual_p = prediction(F_p, F_dot, teacher_p, p.z, p.delta)
 
         # ---- Correction, on its rows c, where δ = 1. Its teacher is guided up to r = cut only:
@@ -382,7 +363,9 @@ def train(s):
                      "images_per_s": s.batch * (done - logged) / (time.perf_counter() - timer),
                      "gpu_gb": torch.cuda.max_memory_allocated() / 1e9}
             if saving and RANK == 0:
-                line["endpoint_error"] = evaluate()
+                x = one_step(ema, z_eval, y_eval, gamma_eval)
+                line["endpoint_error"] = endpoint_error(x, phi).mean().item()
+                save_pairs(s.folder / "pairs.png", phi, x, decoder)
             write_line(log, line)
             # ---- Save.
             if saving:
@@ -409,7 +392,7 @@ PRESETS = {
     256: {},
     512: dict(teacher="SiT-XL/2-512", checkpointing=True),
 }
-# Other values of FIXED make another run. Those of FREE may change when a run is resumed.
+# A run is resumed only with the same values of FIXED. Those of FREE may change.
 FIXED = ["res", "convention", "batch", "correction", "k", "alpha", "gamma", "interval", "cut",
          "r_location", "r_scale", "derivative", "warmup", "decay_from", "ema", "bf16"]
 FREE = ["steps", "lr", "online_lr", "seed"]
@@ -525,6 +508,38 @@ def join(kind):
     return device
 
 
+def distribute(net, device):
+    """The network in DDP's wrapper, which averages the gradients of the processes. All have equally
+    many rows, so this is the gradient of the whole batch. The wrapper may be called several times
+    before `backward`: a gradient is averaged once, when all calls have added to it."""
+    if WORLD == 1:
+        return net
+    # DDP regroups its buckets after the first step. The order of sums changes, and a resumed run
+    # would differ in its last bits. find_unused_parameters prevents the regrouping. On a GPU sums
+    # have no fixed order anyway.
+    fixed_order = device.type == "cpu"
+    return DDP(net, find_unused_parameters=fixed_order, gradient_as_bucket_view=True)
+
+
+def compile_derivative_and_blocks(*nets):
+    """Compile the networks' blocks, one by one: DDP and checkpointing stay outside of the graphs.
+    -> a compiled duration_derivative. It gets a new F in each step, but of the same code, so it is
+    traced once."""
+    print("compiling")
+    for net in nets:
+        for block in net.blocks:
+            block.compile(dynamic=False)
+    return torch.compile(duration_derivative, dynamic=False)
+
+
+def stop_event():
+    """-> an Event. SIGTERM and Ctrl-C set it, for the loop to finish its step and save."""
+    stopped = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopped.set())
+    return stopped
+
+
 PARENT = os.getppid()
 
 
@@ -542,7 +557,7 @@ def mean_of_all(values):
 
 
 def any_process(flag):
-    """Whether the flag is true in any process. It waits for these, but not for a GPU."""
+    """Whether the flag is true in any process. Waits for the processes, but not for a GPU."""
     return mean_of_all(torch.tensor(float(flag))).item() > 0
 
 
@@ -742,6 +757,12 @@ def gather(part):
     parts = [None] * WORLD if RANK == 0 else None
     dist.gather_object(part, parts)
     return torch.cat(parts) if RANK == 0 else None
+
+
+def save_pairs(path, phi, x, decoder):
+    """The teacher's and the student's samples of the same noises, side by side, up to 50 pairs."""
+    pairs = torch.stack([phi, x], 1)[:50].flatten(0, 1)
+    save_grid(path, to_uint8(pairs, decoder))
 
 
 def sample(s):

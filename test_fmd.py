@@ -1659,13 +1659,13 @@ def test_the_readmes_unet_example(tmp_path, monkeypatch):
     ema, teacher = names["ema"].state_dict(), names["teacher"]
     saved = torch.load("student.pt", weights_only=True)
     assert all(torch.equal(value, ema[name]) for name, value in saved.items())
-    student, z, y, s = names["student"], torch.randn(3, 1, 28, 28), torch.arange(3), torch.zeros(3)
+    student, z, y = names["student"], torch.randn(3, 1, 28, 28), torch.arange(3)
     for name, p in student.named_parameters():          # both trained, and with δ
         assert p.grad is not None and p.requires_grad, name
     student.load_state_dict({**student.state_dict(), **{
         name.replace("time_embed", "time_embed.time_embed"): p for name, p in teacher.state_dict().items()}})
     student.time_embed.embed[2].weight.data.zero_()     # at the start the student is the teacher
-    assert torch.allclose(names["F"](student, z, torch.rand(3), y), teacher(z, s, y))
+    assert torch.allclose(names["F"](student, z, torch.rand(3), y), teacher(z, torch.zeros(3), y))
 
 def test_readme_commands_parse_and_links_exist():
     commands = re.findall(r"(?<![\w/.])(fmd|fid|assets/\w+)\.py +([^`\n#|&]*)", README)
