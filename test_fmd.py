@@ -1264,7 +1264,8 @@ def test_ctrl_c_is_one_line(work, script):
     assert python(script, "a", env={"PYTHONPATH": "modules"}) == (130, f"{script}: interrupted\n")
     Path("modules/numpy.py").unlink()
     source = (HERE / script).read_text()
-    place = "def start_from(teacher, **inputs):\n" if script == "fmd.py" else "def features(net, images):\n"
+    place = "def start_from(net, **inputs):\n" if script == "fmd.py" else "def features(net, images):\n"
+    assert place in source
     Path(script).write_text(source.replace(place, place + "    os.kill(os.getpid(), signal.SIGINT)\n"))
     np.savez("a.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8))
     args = SMALL if script == "fmd.py" else ["a.npz", "a.npz", "--weights", "random", "--metrics", "fid"]
