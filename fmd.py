@@ -246,7 +246,7 @@ def student_loss(F_p, residual_p, F_c, residual_c, k=1.0, alpha=1.0, mean=torch.
     weighted_p = weighted(residual_p, k).detach()
     weighted_c = weighted(residual_c, k).detach()
     lam = balance(weighted_p, weighted_c, alpha, mean)
-    total = (F_p * weighted_p).sum() + lam * (F_c * weighted_c).sum()
+    total = (F_p * weighted_p).sum() + (F_c * lam * weighted_c).sum()
     return total / (F_p.numel() + F_c.numel()), lam
 
 
