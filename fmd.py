@@ -158,9 +158,9 @@ def duration_derivative(F, z, delta, F_value=None, method="jvp", h=5e-3):
     this call takes the plain kernel.
     fd: backward difference with an error of O(h), in float32: the rounding of bfloat16 or TF32,
     divided by h, would drown it. F_value = F(z, δ), if given, saves it a call.
-    If you copy this: F is the bare network, not DDP's wrapper; it has no dropout, because two calls
-    must agree; its time embedding is smooth in δ, so not rounded to integers. For fd, switch
-    autocast and TF32 off yourself."""
+    If you copy this: the network in F is bare, not in DDP's wrapper; it has no dropout, because two
+    calls must agree; its time embedding is smooth in δ, so not rounded to integers. For fd, switch
+    autocast and TF32 off (here `parse` and `main` see to it)."""
     if method == "fd":
         F_value = F(z, delta) if F_value is None else F_value
         # Where δ < h this calls F at a negative δ. The error is small: ∂F/∂δ is multiplied by δ.
@@ -192,12 +192,12 @@ def correction(F_value, u, g, z, n, r):
         v - u(x_r, r)             the residual
     The expectation v has no formula. So g is trained to estimate it, by flow matching: the loss of
     g is |g(x_r, r) - (x - n)|².
-    Why it works: x - n is (x_r - n) / (1 - r), and E[n | x_r] is -r times the score. So the
-    residual is r / (1 - r) times (the student's score minus the teacher's) at x_r. Moving samples
-    against this difference lowers KL(student, teacher) of the noised distributions, as in DMD
-    (arXiv 2311.18828). Factors that depend on r alone, as the 1 - r between x_r and x, only
-    weight the noise levels. As x = z + F(z, 1), F moves as x does. (With guidance, γ other than 1,
-    u has no exact score.)
+    Why it works: x - n is (x_r - n) / (1 - r), and E[n | x_r] is -r times the score. So
+        residual = r / (1 - r) (the student's score - the teacher's) at x_r,
+        gradient in x of KL(student, teacher) under noise r = (1 - r) (the same difference),
+    as in DMD (arXiv 2311.18828). The factors depend on r alone: they weight the noise levels. As
+    x = z + F(z, 1), a step of F against the residual moves x against it. (With guidance, γ other
+    than 1, u has no exact score.)
     F_value = F(z, 1), z, n (B, ...); r (B,); u(x, t), g(x, t).
     If you copy this: g starts from the teacher's weights, and this loss alone trains it."""
     x = flow_map(F_value, z, torch.ones_like(r)).detach()  # g's loss moves g alone
@@ -238,7 +238,7 @@ def balance(weighted_p, weighted_c, alpha=1.0, mean=torch.mean):
 
 def student_loss(F_p, residual_p, F_c, residual_c, k=1.0, alpha=1.0, mean=torch.mean):
     """The student's loss -> loss, λ. We choose the gradient, and then write a loss that has it:
-        loss = (Σ F_p · w Δ_p + λ Σ F_c · w Δ_c) / M, with Δ, w, λ constant, M the count of numbers.
+        loss = (Σ F_p · w Δ_p + λ Σ F_c · w Δ_c) / M, with Δ, w, λ constant, M elements in all.
     The gradient is w Δ_p / M in F_p and λ w Δ_c / M in F_c: descent moves F against the residual.
     MeanFlow writes Σ |F - sg(F - w Δ)|² / 2M, where sg stops the gradient: the same gradient.
     The value of the loss means nothing, and is not logged.
@@ -254,10 +254,11 @@ def student_loss(F_p, residual_p, F_c, residual_c, k=1.0, alpha=1.0, mean=torch.
 def train(s):
     """Distil. s: the settings of section 6. Writes student.pt, ckpt.pt, metrics.jsonl and pairs.png
     to s.folder. The same command, repeated, goes on from ckpt.pt. On a CPU, with the same number of
-    processes, the weights are then bit for bit those of a run that never stopped; else they are
-    equal up to rounding. Each of WORLD processes runs this function on its rows of the batch. Only
-    process 0 prints and writes. The functions that it calls and you have not met are in sections 7
-    to 9; on a first reading, go to the loop at once."""
+    processes, the weights are then bit for bit those of a run that never stopped. With another
+    number, or on a GPU, the draws are the same, but sums are rounded in another way.
+    Each of WORLD processes runs this function on its rows of the batch. Only process 0 prints and
+    writes. The functions that it calls and you have not met are in sections 7 to 9; on a first
+    reading, go to the loop at once."""
     device = join(s.device)
 
     # ---- Networks. Student, online network and the student's average start as the teacher.
@@ -308,8 +309,8 @@ def train(s):
     totals, logged, timer = 0, first, time.perf_counter()  # since the last line of the log
     bar = dict(initial=first, total=s.steps, file=sys.stdout, disable=None)
     for step in tqdm(range(first, s.steps), **bar):
-        # ---- Prediction, on its rows p. F is computed twice: F_p with gradient, and in the
-        # derivative without, by the bare student, as a JVP cannot pass through DDP's wrapper.
+        # ---- Prediction, on its rows p. F_p has a gradient. The derivative needs none, so it is a
+        # pass of its own, by the bare student: a JVP cannot pass through DDP's wrapper.
         p = draw(s.batch - s.rows_c, 2 * step)
         def student_p(z, delta): return average_velocity(student, z, delta, p.y, p.gamma)
         def teacher_p(x, t): return guided(teacher, x, t, p.y, p.gamma, null, s.interval)
