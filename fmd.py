@@ -224,9 +224,10 @@ def weighted(residual, k=1.0, eps=1e-3):
 
 def balance(weighted_p, weighted_c, alpha=1.0, mean=torch.mean):
     """λ = α min(10, mean|w Δ_p| / (mean|w Δ_c| + 1e-6)). With α = 1 a row of correction pulls as
-    hard as one of prediction, on average. The paper has |Δ| in place of |w Δ|; this and the cap are
-    [ours]. λ is α if a part is empty. weighted_p (P, ...), weighted_c (C, ...). `mean` maps the
-    norms of the rows (B,) to a number: with several processes, to the mean over all."""
+    hard as one of prediction, on average. The paper writes |Δ|, and does not say if w comes first;
+    that it does is [ours], like the cap. λ is α if a part is empty. weighted_p (P, ...), weighted_c
+    (C, ...). `mean` maps norms of rows (B,) to a number: with several processes, to the mean over
+    all, or each has a λ of its own."""
     if not len(weighted_p) or not len(weighted_c):
         return weighted_p.new_full((), alpha)
     norm_p = mean(weighted_p.flatten(1).norm(dim=1))
