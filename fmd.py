@@ -258,8 +258,8 @@ def train(s):
     processes, the weights are then bit for bit those of a run that never stopped. With another
     number, or on a GPU, the draws are the same, but sums are rounded in another way.
     Each of WORLD processes runs this function on its rows of the batch. Only process 0 prints and
-    writes. The functions that it calls and you have not met are in sections 7 to 9; on a first
-    reading, go to the loop at once."""
+    writes. The functions that it calls and you have not met are in sections 7 to 9. On a first
+    reading, start at "What the loop uses"."""
     device = join(s.device)
 
     # ---- Networks. Student, online network and the student's average start as the teacher.
@@ -283,15 +283,6 @@ def train(s):
     first = resume(s.folder, log, parts, settings)
     print(f"{vars(s)}\nfrom step {first}")
 
-    # ---- Memory, compilation, precision, DDP.
-    student.checkpointing = online.checkpointing = s.checkpointing  # of activations
-    derivative = duration_derivative
-    if s.compile:
-        derivative = compile_derivative_and_blocks(teacher, student, online)
-    # With --bf16 networks compute in bfloat16. They return float32, so the objectives are in it.
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=s.bf16)
-    ddp_student, ddp_online = distribute(student, device), distribute(online, device)
-
     # ---- Evaluation: fixed noises, γ in the middle of its range, the teacher's samples φ.
     gamma_eval = sum(s.gamma) / 2
     if RANK == 0:
@@ -300,8 +291,19 @@ def train(s):
         phi = many_steps(teacher, z_eval, y_eval, gamma_eval, null, 16, interval=s.interval)
     stopped = stop_event()
 
-    # ---- Draws. Each has a seed of its own, made of --seed and the step. So a checkpoint needs no
-    # states of generators, and the draws do not depend on the number of processes.
+    # ---- What the loop uses: networks as they are trained, the derivative, autocast, draws.
+    student.checkpointing = online.checkpointing = s.checkpointing  # of activations
+    derivative = duration_derivative
+    if s.compile:
+        derivative = compile_derivative_and_blocks(teacher, student, online)
+    # With --bf16 networks compute in bfloat16. They return float32, so the objectives are in it.
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=s.bf16)
+    ddp_student, ddp_online = distribute(student, device), distribute(online, device)
+
+    rows_p, rows_c = s.batch - s.rows_c, s.rows_c  # of prediction and of correction
+
+    # Each draw has a seed of its own, made of --seed and the step. So a checkpoint needs no states
+    # of generators, and the draws do not depend on the number of processes.
     def draw(rows, key):
         source = generator(device, s.seed, key)
         r_logit = s.r_location, s.r_scale
@@ -312,7 +314,7 @@ def train(s):
     for step in tqdm(range(first, s.steps), **bar):
         # ---- Prediction, on its rows p. F_p has a gradient. The derivative needs none, so it is a
         # pass of its own, by the bare student: a JVP cannot pass through DDP's wrapper.
-        p = draw(s.batch - s.rows_c, 2 * step)
+        p = draw(rows_p, 2 * step)
         def student_p(z, delta): return average_velocity(student, z, delta, p.y, p.gamma)
         def teacher_p(x, t): return guided(teacher, x, t, p.y, p.gamma, null, s.interval)
         with autocast:
@@ -322,7 +324,7 @@ def train(s):
 
         # ---- Correction, on its rows c, where δ = 1. Its teacher is guided up to r = cut only:
         # guidance at higher noise worsens the paper's FID.
-        c = draw(s.rows_c, 2 * step + 1)
+        c = draw(rows_c, 2 * step + 1)
         one = torch.ones_like(c.r)
         def teacher_c(x, t): return guided(teacher, x, t, c.y, c.gamma, null, (0.0, s.cut))
         def online_c(x, t): return ddp_online(x, t, c.y, gamma=c.gamma)
