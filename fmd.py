@@ -175,8 +175,9 @@ def prediction(F_value, F_dot, u, z, delta):
     """Prediction (paper, Eq. 7 to 9) -> its residual, like z; the paper's Δ_G:
         v - u(f(z, δ), 1 - δ), with v = ∂f/∂δ = F + δ ∂F/∂δ, the velocity of the student's path.
     A perfect student has δ F(z, δ) = ∫ u along the path. The derivative of both sides in δ is
-    v = u, with the teacher at the *student's* own state. So F minus the residual, u - δ ∂F/∂δ, is
-    the target of F. No gradient passes through it, as in MeanFlow (arXiv 2505.13447).
+    v = u. The teacher's path is not known, so u is taken at the *student's* own state. The target
+    of F is F minus the residual: u - δ ∂F/∂δ. No gradient passes through it, as in MeanFlow (arXiv
+    2505.13447).
     F_value = F(z, δ), F_dot = ∂F/∂δ, z (B, ...); delta (B,); u(x, t).
     If you copy this: u has t = 1 at noise and points to data. With a wrong clock or sign the
     residual still shrinks, and the samples are garbage."""
@@ -192,9 +193,10 @@ def correction(F_value, u, g, z, n, r):
         v - u(x_r, r)             the residual
     The expectation v has no formula. So g is trained to estimate it, by flow matching: the loss of
     g is |g(x_r, r) - (x - n)|².
-    Why it works: x - n is (x_r - n) / (1 - r), and E[n | x_r] is -r times the score. So
-        residual = r / (1 - r) (the student's score - the teacher's) at x_r,
-        gradient in x of KL(student, teacher) under noise r = (1 - r) (the same difference),
+    Why it works, with s the score of noised samples:
+        x - n = (x_r - n) / (1 - r)  and  E[n | x_r] = -r s(x_r), so
+        residual = r / (1 - r) (s_student - s_teacher) at x_r;
+        (1 - r) (s_student - s_teacher) is the gradient in x of KL(student, teacher) under noise r,
     as in DMD (arXiv 2311.18828). The factors depend on r alone: they weight the noise levels. As
     x = z + F(z, 1), a step of F against the residual moves x against it. (With guidance, γ other
     than 1, u has no exact score.)
@@ -258,8 +260,7 @@ def train(s):
     processes, the weights are then bit for bit those of a run that never stopped. With another
     number, or on a GPU, the draws are the same, but sums are rounded in another way.
     Each of WORLD processes runs this function on its rows of the batch. Only process 0 prints and
-    writes. The functions that it calls and you have not met are in sections 7 to 9. On a first
-    reading, start at "What the loop uses"."""
+    writes. The functions that it calls and you have not met are in sections 7 to 9."""
     device = join(s.device)
 
     # ---- Networks. Student, online network and the student's average start as the teacher.
@@ -390,13 +391,15 @@ def train(s):
 # the defaults in force.
 PRESETS = {
     28: dict(teacher="assets/teacher-mnist.pt", steps=1750, batch=32, lr=1e-3, online_lr=1e-3,
-             alpha=0.3, r_location=0.4, cut=1.0, warmup=20, decay_from=0.3, ema=0.99,
+             alpha=0.3, r_location=0.4, cut=1.0,  # nearer to the teacher: assets/RESULTS.md
              derivative="fd",  # a step takes a fifth less than by jvp
-             bf16=False, compile=False, eval_samples=256, log_every=25, save_every=500),
+             warmup=20, decay_from=0.3, ema=0.99, bf16=False, compile=False,
+             eval_samples=256, log_every=25, save_every=500),
     256: {},
     512: dict(teacher="SiT-XL/2-512", checkpointing=True),
 }
-# A run is resumed only with the same values of FIXED. Those of FREE may change.
+# A run is resumed only with the same values of FIXED. Those of FREE may change; another seed, as
+# other draws, is a way on after a gradient that is not finite.
 FIXED = ["res", "convention", "batch", "correction", "k", "alpha", "gamma", "interval", "cut",
          "r_location", "r_scale", "derivative", "warmup", "decay_from", "ema", "bf16"]
 FREE = ["steps", "lr", "online_lr", "seed"]
