@@ -27,7 +27,7 @@ are settings, processes, files and sampling.
 
 Launch:
   python fmd.py                                            distil the bundled teacher of MNIST's
-                                                           digits (10 minutes of a CPU), or resume
+                                                           digits (7 to 12 minutes), or resume
   torchrun --nproc_per_node=8 fmd.py --res 256             ImageNet, from the released SiT-XL/2
   python fmd.py --sample 100 --guidance 1.5 --labels 0-9   one-step samples of the student
   python fmd.py --rollout 100 --solver heun                many-step samples of the teacher
