@@ -14,12 +14,13 @@ Shapes: B batch, C channels (C' after a change), H W height, width, p patch side
 """
 
 import argparse
+import contextlib
 import hashlib
 import math
 import os
 import re
+import uuid
 import zipfile
-import zlib
 from collections import OrderedDict
 from functools import partial
 from http.client import HTTPException
@@ -276,33 +277,19 @@ RELEASED = {
 }
 
 
-def fetch(source):
-    """A path (from the working folder or this file's), a name of RELEASED or a URL -> a local path. The
-    last two are downloaded once, to torch hub's cache, and kept if they can be read. ValueError has the
-    URL and the file's place."""
-    for path in (Path(source), Path(__file__).parent / source):
-        if path.is_file():
-            return path
-    url = RELEASED.get(str(source), str(source))
-    if "://" not in url:
-        raise ValueError(f"{source}: no such file, nor a released one ({', '.join(RELEASED)})")
-    name = f"{str(source).replace('/', '-')}.pt"
-    if source not in RELEASED:      # many files are called last.pt
-        digest = hashlib.sha256(url.encode()).hexdigest()[:8]
-        name = f"{digest}-{Path(url.split('?')[0]).name}"
-    path = Path(torch.hub.get_dir(), "checkpoints", name)
-    if not path.exists():
-        part = path.with_name(f"{name}.part")
-        try:
-            part.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(part))
-            read_file(part)         # a server that stops early raises nothing
-            part.replace(path)
-        except (OSError, HTTPException, ValueError) as e:
-            part.unlink(missing_ok=True)
-            raise ValueError(f"{source}: cannot download {url} ({reason(e)}); "
-                             f"put the file at {path}") from None
-    return path
+class FileError(ValueError):
+    """A file cannot be used. The message is one line, with the file and the reason."""
+
+
+@contextlib.contextmanager
+def usable(path, kind):
+    """Turns whatever a file of another kind raises into a FileError."""
+    try:
+        yield
+    except FileError:
+        raise
+    except Exception as e:
+        raise FileError(f"{path}: not {kind} ({reason(e)})") from None
 
 
 def reason(e):
@@ -310,11 +297,40 @@ def reason(e):
     return f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
 
 
+def fetch(source):
+    """A path (from the working folder or this file's), a name of RELEASED or a URL -> a local path. The
+    last two are downloaded once, to torch hub's cache, and kept if they can be read. FileError has the
+    URL and the file's place."""
+    for path in (Path(source), Path(__file__).parent / source):
+        if path.is_file():
+            return path
+    url = RELEASED.get(str(source), str(source))
+    if "://" not in url:
+        raise FileError(f"{source}: no such file, nor a released one ({', '.join(RELEASED)})")
+    name = f"{str(source).replace('/', '-')}.pt"
+    if source not in RELEASED:      # many files are called last.pt
+        digest = hashlib.sha256(url.encode()).hexdigest()[:8]
+        name = f"{digest}-{Path(url.split('?')[0]).name}"
+    path = Path(torch.hub.get_dir(), "checkpoints", name)
+    if not path.exists():
+        part = path.with_name(f"{name}.{uuid.uuid4().hex}.part")    # others may download it, too
+        try:
+            part.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(part))
+            read_file(part)         # a server that stops early raises nothing
+            part.replace(path)
+        except (OSError, HTTPException, ValueError) as e:
+            part.unlink(missing_ok=True)
+            raise FileError(f"{source}: cannot download {url} ({reason(e)}); "
+                            f"put the file at {path}") from None
+    return path
+
+
 def read_file(path):
     """torch.load that runs nothing from the file. The tensors are copies in memory, so that a file may
-    be overwritten while it is in use. Raises ValueError with the path."""
+    be overwritten while it is in use. Raises FileError."""
     if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file")
+        raise FileError(f"{path}: no such file")
     with open(path, "rb") as file:
         start = file.read(16)
     try:
@@ -328,12 +344,7 @@ def read_file(path):
     except Exception as e:      # a damaged zip or pickle raises a dozen types
         found = re.search(r"GLOBAL (\S+)", str(e))      # torch has it behind a page of advice
         cause = f"it holds a Python object, {found[1]}; save tensors alone" if found else reason(e)
-        raise ValueError(f"{path}: not a checkpoint ({cause}; the file starts with {start})") from None
-
-
-def checksum(net):
-    """A number that tells the weights of one network from those of another."""
-    return zlib.crc32(b"".join(p.detach().cpu().numpy().tobytes() for p in net.parameters()))
+        raise FileError(f"{path}: not a checkpoint ({cause}; the file starts with {start})") from None
 
 
 def write(path, save):
@@ -410,9 +421,12 @@ def from_state_dict(state, heads=None, convention="sit"):
     depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
     classes = len(state["y_embedder.embedding_table.weight"]) - 1
     learn_sigma = len(state["final_layer.linear.weight"]) == 2 * channels * patch ** 2
-    heads = heads or {size[:2]: size[2] for size in SIZES.values()}.get((depth, width), 0)
-    if heads < 1 or width % heads or classes < 1:
-        raise ValueError(f"{heads} heads and {classes} classes at depth {depth}, width {width}")
+    heads = heads or {size[:2]: size[2] for size in SIZES.values()}.get((depth, width))
+    if not heads:
+        raise ValueError(f"no named size has depth {depth} and width {width}, so the number of heads is "
+                         'unknown: put {"config": {"heads": N}} into the file, or call sit.load(heads=N)')
+    if width % heads or classes < 1:
+        raise ValueError(f"{heads} heads and {classes} classes at width {width}")
     with torch.device("meta"):
         net = SiT((channels, side, side), depth, width, heads, patch, classes, learn_sigma,
                   "dt_embedder.mlp.0.weight" in state, "gw_embedder.mlp.0.weight" in state, convention)
@@ -434,9 +448,9 @@ def find_convention(path, file, state):
 def load(path, heads=None, convention=None):
     """A file -> a SiT; and what the file holds beside its weights, with `why` it has its convention. The
     file is a raw state dict or, as ours and SiT's, {"ema": state dict, ...}; "model" or "state_dict"
-    may stand for "ema". Raises ValueError with the path."""
+    may stand for "ema". Raises FileError."""
     file, why = read_file(path), "asked for"
-    try:
+    with usable(path, "a SiT"):
         entries = [file[k] for k in ("ema", "model", "state_dict") if isinstance(file.get(k), dict)]
         state = entries[0] if entries else file
         if convention is None:
@@ -448,17 +462,19 @@ def load(path, heads=None, convention=None):
         flags = flags if isinstance(flags, dict) else getattr(flags, "__dict__", {})
         if flags.get("num_classes") == net.config["classes"] + 1:
             raise ValueError("no null class: trained without label dropout, it cannot be guided")
+        for flag, known in (("path_type", "linear"), ("prediction", "velocity")):   # REPA's: "v"
+            if not known.startswith(str(flags.get(flag) or known).lower()):
+                raise ValueError(f"trained with --{flag.replace('_', '-')} {flags[flag]}: only {known} is "
+                                 "a teacher here")
         info = {k: v for k, v in file.items() if entries and v is not state}
         return net, info | {"why": why}
-    except Exception as e:      # whatever a file of another kind raises
-        raise ValueError(f"{path}: not a SiT ({reason(e)})") from None
 
 
 def load_decoder(path, widths=VAE_WIDTHS):
     """The Decoder from a file of diffusers' AutoencoderKL (.bin or .pt), without `encoder.*` and
-    `quant_conv.*`. Raises ValueError with the path."""
+    `quant_conv.*`. Raises FileError."""
     file = read_file(path)
-    try:
+    with usable(path, "an SD-VAE decoder"):
         state = {k: v for k, v in rename(file, OLD_VAE_NAMES).items()
                  if not k.startswith(("encoder.", "quant_conv."))}
         for key, value in state.items():    # in the oldest files these are 1x1 convolutions
@@ -467,5 +483,3 @@ def load_decoder(path, widths=VAE_WIDTHS):
         with torch.device("meta"):
             net = Decoder(widths)
         return fill(net, state)
-    except Exception as e:
-        raise ValueError(f"{path}: not an SD-VAE decoder ({reason(e)})") from None
