@@ -114,7 +114,9 @@ def rollout(u, z, steps, solver="heun"):
     u(x, t) takes x (B, ...) and t (B,). Euler calls it once a step, Heun twice, but in the last
     step once: that step is Euler's, as in EDM (arXiv 2206.00364, Algorithm 1). Heun for flow
     matching usually calls u at t = 0 as well. There x holds no noise to remove, and what a trained
-    u does with it leaves specks."""
+    u does with it leaves specks. Raises ValueError."""
+    if solver not in ("euler", "heun"):
+        raise ValueError(f"solver {solver}: must be euler or heun")
     x = z
     for i in range(steps):
         t, t_next = x.new_full((len(x),), 1 - i / steps), x.new_full((len(x),), 1 - (i + 1) / steps)
