@@ -11,11 +11,13 @@ import os
 import pickle
 import re
 import resource
+import runpy
 import shlex
 import signal
 import struct
 import subprocess
 import sys
+import zipfile
 import zlib
 from functools import partial
 from pathlib import Path
@@ -872,6 +874,9 @@ def small(tmp_path, monkeypatch):
 def test_evaluate_is_its_parts(small):
     got = fid.evaluate("array.npz", "other.npz", batch=5)
     assert set(small.sizes) == {5}                      # the last batch is filled up
+    small.sizes.clear()
+    assert fid.evaluate("folder", "other.npz", batch=700)["fid"] == pytest.approx(got["fid"], rel=1e-6)
+    assert small.sizes == [12, 12]                      # and no batch beyond the images there are
     for metric, x, y in zip(("fid", "sfid"), *small.truth):
         want = fid.frechet_distance(*moments_of(x), *moments_of(y))
         assert got[metric] == pytest.approx(want, rel=1e-6)
@@ -886,7 +891,11 @@ def test_every_input_reads_the_same(small):
     for path in ("folder", "packed.npz"):
         got = fid.evaluate(path, "array.npz", batch=5)
         assert abs(got["fid"]) < 1e-9 and abs(got["sfid"]) < 1e-9 and got["precision"] == 1, path
-    batches = list(fid.array_batches("packed.npz", 5))
+    for version in ((1, 0), (2, 0), (3, 0)):            # every header that numpy writes
+        with zipfile.ZipFile("version.npz", "w") as archive, archive.open("arr_0.npy", "w") as file:
+            np.lib.format.write_array(file, arrays, version)
+        assert abs(fid.evaluate("version.npz", "array.npz", ["fid"])["fid"]) < 1e-9, version
+    batches = list(fid.array_batches("packed.npz", 5, 12))
     assert [len(batch) for batch in batches] == [5, 5, 2]
     for read in (torch.cat(batches), fid.decode(fid.image_files("folder")[0])):
         assert torch.equal(read, torch.from_numpy(arrays))
@@ -898,7 +907,7 @@ def test_every_input_reads_the_same(small):
     for file, picture in zip(files, [*pictures, odd, pictures[0].convert("P")]):
         picture.save(file)
     want = torch.from_numpy(grey)[..., None].expand(4, 6, 5, 3)
-    assert torch.equal(next(fid.array_batches("grey.npz", 4)), want)
+    assert torch.equal(next(fid.array_batches("grey.npz", 4, 4)), want)
     assert torch.equal(fid.decode(files[:4]), want)
     parts = want, torch.from_numpy(arrays[5:6, :, :3]), want[:1]
     assert torch.equal(fid.decode(files), torch.cat([fid.resize(part) for part in parts]))
@@ -962,6 +971,57 @@ def test_folder_is_read_whole(small, tmp_path, capsys):
     assert capsys.readouterr().err.count("skipped 5 files") == 1
     with pytest.raises(OSError):
         fid.image_files("gone")
+
+def test_inputs_that_change_while_they_are_measured(small, monkeypatch, capsys):
+    """A folder is measured as it was listed; an array of another length is refused."""
+    real, counts = fid.contents, []
+    def grow(path):
+        found = real(path)
+        for i in range(5):
+            Image.new("RGB", (5, 6)).save(f"folder/{len(counts)}-{i}.png")
+        np.savez("grown.npz", arr_0=np.zeros((9 + len(counts), 6, 5, 3), np.uint8))
+        counts.append(found[0])
+        return found
+    monkeypatch.setattr(fid, "contents", grow)
+    got = fid.evaluate("folder", "array.npz", batch=5)
+    assert got["images"] == counts[0] == 12 and abs(got["fid"]) < 1e-9 and got["precision"] == 1
+    assert fid.main(["grown.npz", "array.npz"]) == 2    # it grew from 10 to 11, then to 12
+    assert capsys.readouterr().err == ("fid.py: grown.npz: cannot be read (ValueError: "
+                                       "arr_0 had 10 images and now has 12)\n")
+
+def test_main_in_a_notebook(small, monkeypatch):
+    """Output that cannot be reconfigured; streams, signals and torch.distributed are the host's."""
+    def host():
+        return sys.stdout, sys.stderr, [signal.getsignal(n) for n in signal.valid_signals()]
+    for name, value in dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1").items():
+        monkeypatch.setenv(name, value)                 # two processes say fid.py, one says torch
+    for world, bad in ((1, False), (2, False), (2, True)):
+        monkeypatch.setattr(fid, "WORLD", world)
+        before = host()
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            inside = host()
+            code = fid.main(["gone" if bad else "array.npz", "array.npz", "--device", "cpu"])
+            assert host() == inside
+        assert code == (2 if bad else 0) and ("fid        0.00000\n" in out.getvalue()) != bad
+        assert host() == before and not torch.distributed.is_initialized()
+    text = io.TextIOWrapper(io.BytesIO(), "ascii")      # can be, and is not
+    with contextlib.redirect_stdout(text):
+        assert fid.main(["array.npz", "array.npz", "--device", "cpu"]) == 0
+    assert text.errors == "strict"
+    torch.distributed.init_process_group("gloo")        # the host's own
+    assert fid.main(["array.npz", "array.npz", "--device", "cpu"]) == 0
+    assert torch.distributed.is_initialized()
+    torch.distributed.destroy_process_group()
+
+def test_every_path_may_begin_with_a_tilde(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    seen = []
+    monkeypatch.setattr(fid, "load_inception", lambda path, device: (small, seen.append(path) or path))
+    assert fid.main(["~/folder", "~/other.npz", "--save-stats=~/x.npz", "--weights=~/w.pth", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [report["samples"], report["reference"], *seen] == [f"{tmp_path}/{name}" for name in
+                                                               ("folder", "other.npz", "w.pth")]
+    assert Path("x.npz").exists() and not Path("~").exists()
 
 def test_decode_ahead_keeps_order_and_few_blocks(monkeypatch):
     begun, blocks = [], [[i] for i in range(50)]
@@ -1038,6 +1098,11 @@ BAD_INPUT = [
     ("gone other.npz --save-stats folder/", "--save-stats folder/: not a file in a folder that"),
     ("gone other.npz --save-stats /proc/self/x", "--save-stats /proc/self/x: not a file in a folder that"),
     ("stats.npz other.npz --save-stats x.npz", "--save-stats x.npz: stats.npz has no images"),
+    *((f"{args} --save-stats {file}", f"--save-stats {file}: would replace an input") for args, file in (
+        ("array.npz", "./array.npz"), ("array.npz other.npz", "deep16/../other.npz"),
+        ("array.npz", "/proc/self/cwd/array.npz"), ("link.npz", "array.npz"), ("array.npz", "link.npz"),
+        ("array.npz --weights w.pth", "w.pth"), ("folder", "folder/deep/../00.png"),
+        ("array.npz folder", "folder/01.PNG"), ("new.tmp", "new"))),
     ("array.npz other.npz --metric fid", "unrecognized arguments: --metric"),
 ]
 @pytest.mark.parametrize("args, message", BAD_INPUT)
@@ -1051,6 +1116,8 @@ def test_bad_input_to_fid_gets_one_line_and_exit_code_2(small, capsys, args, mes
     for name, content in files.items():
         np.savez(f"{name}.npz", **content)
     damage("array.npz")
+    Path("link.npz").symlink_to("array.npz")
+    Path("new.tmp").write_bytes(Path("array.npz").read_bytes())     # written on the way to new
     for name in ("empty", "corrupt", "deep16"):
         Path(name).mkdir()
     for i in (0, 1):
@@ -1070,7 +1137,9 @@ def test_two_processes_of_fid_equal_one(tmp_path, monkeypatch, capsys):
     torch.set_num_threads(1)                            # as torchrun: rounding depends on it
     assert fid.main([*args, "one.npz"]) == 0
     torch.set_num_threads(2)
-    two = start(2, *args, "two.npz", script=HERE / "fid.py")
+    late = "import fid; f = fid.image_files; fid.image_files = lambda p: (f(p)[0][fid.RANK:], f(p)[1]); "
+    Path("late.py").write_text(f"{late}raise SystemExit(fid.main())")   # process 1 lists fewer images
+    two = start(2, *args, "two.npz", script="late.py")
     one, two = json.loads(capsys.readouterr().out), json.loads(two.stdout)
     for metric in ("fid", "is", "precision", "recall"):
         assert one[metric] == pytest.approx(two[metric], rel=1e-9), metric
@@ -1192,13 +1261,12 @@ def test_a_teacher_without_a_picture_trains_and_is_saved(work, capsys):
     run("--sample", 3, "--device", "cpu", "--out", "o")
     assert np.load("o/samples.npz")["arr_0"].shape == (3, 8, 8, 16)
 
-def test_in_a_notebook(work):
-    """Under another stdout, without a handler or a stream left behind; the same process may go on."""
+def test_training_in_a_notebook(work):
+    """Under another stdout, without a handler or a stream left behind."""
     before = sys.stdout, sys.stderr, signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    for script, args in ((fmd, [*SMALL, "--steps", "1"]), (fid, ["gone", "gone"])):
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            script.main(args)
-            assert sys.stdout is out
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        run(*SMALL, "--steps", 1)
+        assert sys.stdout is out and "endpoint_error" in out.getvalue()
     assert before == (sys.stdout, sys.stderr, signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
     assert not torch.distributed.is_initialized()
 
@@ -1323,14 +1391,14 @@ def test_a_batch_that_the_processes_cannot_share(work, monkeypatch, capsys):
         fmd.parse([*args, "--batch", "8"])
     assert e.value.code == 2 and capsys.readouterr().err == ""       # one process complains
 
-@pytest.mark.parametrize("env, ranks", [("RANK=3", (0, 0, 1)), ("RANK=3 LOCAL_RANK=1 WORLD_SIZE=4", (3, 1, 4)),
-                                        ("WORLD_SIZE= RANK=", (0, 0, 1))])
-def test_ranks_come_from_the_environment(env, ranks):
-    code = "import sys, {0}; print(({0}.RANK, {0}.LOCAL_RANK, {0}.WORLD))"
-    for name in ("fmd", "fid"):
-        done = subprocess.run([sys.executable, "-c", code.format(name)], capture_output=True, text=True, cwd=HERE,
-                              env={**os.environ, **dict(pair.split("=") for pair in env.split())})
-        assert done.stdout == f"{ranks}\n", done.stderr
+@pytest.mark.parametrize("script", ["fmd.py", "fid.py"])
+def test_ranks_are_the_environments(monkeypatch, script):
+    """A process alone is process 0."""
+    for world, want in (("", (0, 0, 1)), ("1", (0, 0, 1)), ("4", (3, 2, 4))):
+        for name, value in dict(WORLD_SIZE=world, RANK="3", LOCAL_RANK="2").items():
+            monkeypatch.setenv(name, value)
+        module = runpy.run_path(str(HERE / script))
+        assert tuple(module[name] for name in ("RANK", "LOCAL_RANK", "WORLD")) == want
 
 def test_notes(work, capsys):
     """What is unusual is said in one line: guidance beyond the training's, the convention and why, ∅."""
@@ -1387,7 +1455,7 @@ def test_several_processes_train_as_well_as_one(work):
     phi = fmd.many_steps(net, z, y, 1.5, 10)
     untrained = z + net(z, torch.ones(64), y)
     before = fmd.endpoint_error(untrained, phi).mean().item()
-    assert max(errors.values()) < 1.15 * min(errors.values()) and max(errors.values()) < 0.7 * before, errors
+    assert max(errors.values()) < 1.5 * min(errors.values()) and max(errors.values()) < before / 4, (errors, before)
     run(*args, "2", "--steps", 64)
     assert logged("2")[-1] == 64
 
