@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What a training step costs: the time of its parts, FLOPs, memory.
 
-    python assets/benchmark.py                            the bundled teacher, batch 64, by fd and by jvp
+    python assets/benchmark.py                            the bundled teacher, batch 64
     python assets/benchmark.py SiT-B/2 --batch 4          a named size, random weights, latents
     python assets/benchmark.py bundled -- --correction 0  flags of fmd.py follow --
     python assets/benchmark.py memory                     of SiT-XL/2 on a GPU, without a GPU
@@ -34,7 +34,7 @@ import fmd, sit  # noqa: E401, E402
 # A JVP in forward passes. torch's FLOP counter gives 3.2, because each linear layer also multiplies a
 # tangent of its weights, which is zero. The clock gives 3.4 to 4 on a CPU: 4 is counted.
 JVP_PASSES = 4
-WARMUP = 2                      # steps before the first round
+WARMUP = 2                      # laps before the first round: train's start, and a step
 
 
 def forward_flops(config):
@@ -44,12 +44,11 @@ def forward_flops(config):
     return config["depth"] * (24 * T * D ** 2 + 4 * T ** 2 * D + 12 * D ** 2)
 
 
-def step_flops(config, share, derivative="jvp", jvp_passes=JVP_PASSES):
+def step_flops(config, share):
     """FLOPs of a sample in a step, by forward passes: student 3 (the backward pass is two), guided
-    teacher 2, derivative jvp_passes or 1 (fd) on prediction's share, g 3 on correction's share.
-    Recomputation is not counted."""
-    passes = 5 + (1 - share) * {"jvp": jvp_passes, "fd": 1}[derivative] + 3 * share
-    return passes * forward_flops(config)
+    teacher 2, derivative JVP_PASSES on prediction's share, g 3 on correction's share. Recomputation is
+    not counted."""
+    return (5 + JVP_PASSES * (1 - share) + 3 * share) * forward_flops(config)
 
 
 # ---- Time ----
@@ -95,17 +94,17 @@ def measure(flags, steps):
     """Train by fmd.py -> [{part: seconds}] of the steps, the student's config, the settings."""
     s, watch, student, start = fmd.parse(flags), Stopwatch(), None, 0
 
-    def resume(folder, log, parts, settings):   # train calls it once, with its networks
+    def resume(path, parts, s):                 # train calls it once, with its networks
         nonlocal student
         student = parts["student"]
-        return real_resume(folder, log, parts, settings)
+        return real_resume(path, parts, s)
 
-    def learning_rate(*args):                   # train calls it once a step
+    def learning_rate(*args):   # train calls it as a step begins. So the last step, which saves, has no end
         nonlocal start
         watch.now["whole step"] = clock() - start
         watch.steps.append(watch.now)
         watch.now = {}
-        watch.timed("forward", forward)(student, s.batch)
+        watch.timed("forward", forward)(student, s)
         start = clock()
         return real_learning_rate(*args)
 
@@ -114,60 +113,56 @@ def measure(flags, steps):
         return watch.timed("derivative", compiled) if function is fmd.duration_derivative else compiled
 
     real_resume, real_learning_rate, real_compile = fmd.resume, fmd.learning_rate, torch.compile
-    parts = {"draws": (fmd, "prior"),
-             "student, forward": (fmd, "average_velocity"),
-             "teacher, guided": (fmd, "guided"),
-             "g, forward": (sit.SiT, "forward"),        # student and teacher are inside the above
-             "student and g, backward": (torch.Tensor, "backward"),
-             "clipping": (fmd, "clip_grad_norm_"),
-             "optimiser": (torch.optim.AdamW, "step")}
+    parts = [("draws", fmd, "prior"), ("draws", fmd, "noise_level"),
+             ("draws", torch, "rand"), ("draws", torch, "randn_like"),
+             ("student, forward", fmd, "average_velocity"),
+             ("teacher, guided", fmd, "guided"),
+             ("g, forward", sit.SiT, "forward"),        # student and teacher are inside the above
+             ("student and g, backward", torch.Tensor, "backward"),
+             ("clipping", fmd, "clip_grad_norm_"),
+             ("optimiser", torch.optim.AdamW, "step")]
     if not s.compile:
-        parts["derivative"] = (fmd, "duration_derivative")
-    replaced = [(owner, name, watch.timed(part, getattr(owner, name)))
-                for part, (owner, name) in parts.items()]
+        parts.append(("derivative", fmd, "duration_derivative"))
+    replaced = [(owner, name, watch.timed(part, getattr(owner, name))) for part, owner, name in parts]
     replaced += [(fmd, "resume", resume), (fmd, "learning_rate", learning_rate), (torch, "compile", compile),
                  (fmd, "many_steps", lambda net, z, *more, **flags: z)]     # no samples for evaluation
     with contextlib.ExitStack() as stack:
         for owner, name, function in replaced:
             stack.enter_context(mock.patch.object(owner, name, function))
-        code = fmd.main([*flags, "--steps", str(steps), "--log-every", "1000000", "--eval-samples", "1"])
-    if code or len(watch.steps) < steps:        # refused, or stopped
-        raise SystemExit(code or 1)
+        fmd.main([*flags, *f"--steps {steps} --log-every 1000000 --save-every 1000000".split(),
+                  "--eval-samples", "1"])
     return watch.steps, student.config, s
 
 
 @torch.no_grad()
-def forward(student, rows):
-    """The unit: a forward pass of the whole batch."""
-    p = fmd.prior(rows, student.config["shape"], student.config["classes"], device=student.pos_embed.device)
-    student(p.z, torch.ones_like(p.delta), p.y, p.delta, p.gamma)
+def forward(student, s):
+    """The unit: a forward pass of the whole batch, in the precision of training."""
+    shape, classes, device = student.config["shape"], student.config["classes"], student.pos_embed.device
+    z, y, gamma = fmd.prior(s.batch, shape, classes, s.gamma, device)
+    with torch.autocast(s.device, torch.bfloat16, enabled=s.bf16):
+        fmd.average_velocity(student, z, torch.ones_like(gamma), y, gamma)
 
 
 def report(args):
-    for derivative in ("fd", "jvp"):
-        with tempfile.TemporaryDirectory() as folder:
-            flags = [] if args.what == "bundled" else random_files(args.what, args.res, folder)
-            flags += ["--batch", str(args.batch), "--out", folder, "--derivative", derivative]
-            if derivative == "fd":
-                flags.append("--no-bf16")
-            torch.compiler.reset()      # torch keeps a limited number of graphs
-            steps, config, s = measure([*flags, *args.flags], args.rounds + WARMUP)
-        table = {part: np.array([step[part] for step in steps[WARMUP:]]) for part in steps[-1]}
-        whole, unit = table.pop("whole step"), table.pop("forward")
-        rest = whole - sum(table.values())
-        print(f"\n{args.what}, batch {s.batch}, {derivative}, {s.device}, {torch.get_num_threads()} threads")
-        table["optimiser"] = table.pop("optimiser")         # the last part, although a step is cut there
-        rows = *table.items(), ("the rest: EMA, log, checks", rest), ("whole step", whole)
-        print(f"forward, without gradient     {1e3 * np.median(unit):9.1f} ms{1:8.2f} forwards")
-        for part, seconds in rows:
-            print(f"{part:30}{1e3 * np.median(seconds):9.1f} ms{np.median(seconds / unit):8.2f} forwards"
-                  f"{np.median(seconds / whole):8.1%} of a step")
-        flops, step = step_flops(config, s.correction, derivative), np.median(whole)
-        rate = s.batch * flops / step / 1e12
-        used = f", MFU {rate / args.peak:.1%}" if args.peak else ""
-        print(f"{flops / 1e9:.3g} GFLOP a sample, {rate:.3g} TFLOP/s{used}, {s.batch / step:.1f} images/s")
-        if torch.device(s.device).type == "cuda":
-            print(f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
+    with tempfile.TemporaryDirectory() as folder:
+        flags = [] if args.what == "bundled" else random_files(args.what, args.res, folder)
+        flags += ["--batch", str(args.batch), "--out", folder, *args.flags]
+        steps, config, s = measure(flags, args.rounds + WARMUP)
+    table = {part: np.array([step[part] for step in steps[WARMUP:]]) for part in steps[-1]}
+    whole, unit = table.pop("whole step"), table.pop("forward")
+    rest = whole - sum(table.values())
+    print(f"\n{args.what}, batch {s.batch}, {s.device}, {torch.get_num_threads()} threads")
+    rows = *table.items(), ("the rest: EMA, log, checks", rest), ("whole step", whole)
+    print(f"forward, without gradient     {1e3 * np.median(unit):9.1f} ms{1:8.2f} forwards")
+    for part, seconds in rows:
+        print(f"{part:30}{1e3 * np.median(seconds):9.1f} ms{np.median(seconds / unit):8.2f} forwards"
+              f"{np.median(seconds / whole):8.1%} of a step")
+    flops, step = step_flops(config, s.correction), np.median(whole)
+    rate = s.batch * flops / step / 1e12
+    used = f", MFU {rate / args.peak:.1%}" if args.peak else ""
+    print(f"{flops / 1e9:.3g} GFLOP a sample, {rate:.3g} TFLOP/s{used}, {s.batch / step:.1f} images/s")
+    if torch.device(s.device).type == "cuda":
+        print(f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
 
 
 # ---- Memory ----

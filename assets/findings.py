@@ -10,6 +10,7 @@ Tables; with --weights, which names Inception's, they have FID (60 ms an image o
     python assets/findings.py quality out/28/samples.npz ...     any files of samples
     python assets/findings.py objectives                         prediction, correction, both
     python assets/findings.py settings                           the settings of the paper's Table 1
+    python assets/findings.py lengths                            shorter and longer runs
     python assets/findings.py speed                              one evaluation against many, and a chart
     python assets/findings.py mismatch                           why no data? And a chart
 
@@ -23,7 +24,7 @@ Students and samples are kept in --out: a repeated command computes only what is
 
 import argparse
 import contextlib
-import signal
+import os
 import sys
 from functools import cache, partial
 from pathlib import Path
@@ -37,27 +38,26 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import fid, fmd, sit  # noqa: E401, E402
-from train_teacher import load_mnist  # noqa: E402
+from train_teacher import expanded, load_mnist  # noqa: E402
 
 SHAPE, NULL, GAMMA = (1, 28, 28), 10, 1.5
 TEACHER_FILE, STUDENT_FILE = HERE / "teacher-mnist.pt", HERE / "student-mnist.pt"
 TEACHER = sit.load(TEACHER_FILE)[0]
 
 # Name of a row, the paper's FID with a SiT-B/2, flags of fmd.py. The rest is the preset of 28.
-SETTINGS = [("prediction alone, k = 0", "11.91", "--correction 0 --k 0"),
-            ("prediction alone, k = 0.5", "11.71", "--correction 0 --k 0.5"),
-            ("prediction alone, k = 1", "12.40", "--correction 0"),
-            ("correction alone, k = 1", "loses modes", "--correction 1"),
-            ("both, k = 0", "43.53", "--k 0"),
-            ("both, k = 0.5", "10.58", "--k 0.5"),
-            ("both, k = 1", "5.58", ""),
-            ("r seldom above 0.6", "91.8 (cut at 0.6)", "--r-location -1.2 --r-scale 0.5"),
-            ("r about uniform", "6.02 (uniform)", "--r-location 0 --r-scale 1.7"),
-            ("correction guided up to r = 0.6", "5.72", "--cut 0.6"),
-            ("correction guided up to r = 0.7", "5.63", "--cut 0.7"),
+SETTINGS = [("prediction alone", "12.40", "--correction 0"),
+            ("prediction alone, k = 0", "11.91", "--correction 0 --k 0"),
+            ("correction alone", "loses modes", "--correction 1"),
+            ("both", "5.58", ""),
+            ("k = 0.5", "10.58", "--k 0.5"),
+            ("k = 0", "43.53", "--k 0"),
             ("α = 0.3", "robust", "--alpha 0.3"),
             ("α = 3", "robust", "--alpha 3"),
-            ("both, k = 1, by jvp", "", "--derivative jvp")]
+            ("guided up to r = 0.7", "5.63", "--cut 0.7"),
+            ("r about uniform", "6.02 (uniform)", "--r-location 0 --r-scale 1.7"),
+            ("r seldom above 0.6", "91.8 (cut at 0.6)", "--r-location -1.2 --r-scale 0.5")]
+OBJECTIVES = [row for row in SETTINGS if row[0] in ("prediction alone", "correction alone", "both")]
+LENGTHS = [(f"{steps} steps", "", f"--steps {steps}") for steps in (1100, 5000, 16000)]
 
 
 # ---- Digits and their classifier ----
@@ -161,7 +161,7 @@ def print_row(name, seeds, more={}, head=False):
     cells = [name]
     for column in seeds[0]:
         values = [row[column] for row in seeds]
-        figures = 3 if "error" in column else 1
+        figures = 3 if "error" in column or "residual" in column else 1
         deviation = f" ± {np.std(values, ddof=1):.{figures}f}" if len(values) > 1 else ""
         cells.append(f"{np.mean(values):.{figures}f}{deviation}")
     print("|", " | ".join([*cells, *more.values()]), "|", flush=True)
@@ -176,11 +176,7 @@ def quality(args):
 def command(line):
     """Run fmd.py. It may not be refused."""
     with contextlib.redirect_stdout(sys.stderr):
-        code = fmd.main(["--device", "cpu", *line.split()])
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)  # training leaves its own handlers
-    if code:
-        raise SystemExit(code)
+        fmd.main(["--device", "cpu", *line.split()])
 
 
 def samples(args, path, weights, flags):
@@ -198,27 +194,34 @@ def reference(count):
 
 
 def measure_student(args, folder):
-    """-> the row of the student in a folder. Its endpoint error is the mean of |x - φ| / |φ|."""
+    """-> the row of the student in a folder. Its endpoint error is the mean of |x - φ| / |φ|, its residuals
+    are mean squares of prediction's at fixed durations. All students have the same noises here."""
     weights = folder / "student.pt"
     path = samples(args, folder / "samples.npz", weights, f"--sample {args.count} --ckpt {weights}")
     z, y, phi = reference(min(256, args.count))
-    x = fmd.one_step(sit.load(weights)[0], z, y, GAMMA)
-    error = fmd.endpoint_error(x, phi)
-    return measure(path, args) | {"endpoint error": error.mean().item()}
+    net, gamma = sit.load(weights)[0], torch.full((len(z),), GAMMA)
+
+    def F(z, delta): return fmd.average_velocity(net, z, delta, y, gamma)
+    def u(x, t): return fmd.guided(TEACHER, x, t, y, gamma, NULL)
+    error = fmd.endpoint_error(fmd.one_step(net, z, y, GAMMA), phi)
+    row = measure(path, args) | {"endpoint error": error.mean().item()}
+    for duration in (0.8, 0.95):
+        delta = torch.full((len(z),), duration)
+        residual = fmd.prediction(F(z, delta), fmd.duration_derivative(F, z, delta), u, z, delta)
+        row[f"residual at {duration}"] = fmd.mean_square(residual).item()
+    return row
 
 
-def table(args, rows, steps):
+def table(args, rows):
     """Train students by fmd.py, one a row and seed, or go on with their runs. Sample and measure them."""
-    steps = args.steps or steps
+    steps = f"--steps {args.steps}" if args.steps else ""  # a row's own number comes later, and holds
     rows = [row for row in rows if any(words in row[0] for words in args.only)]
     for name, paper, flags in rows:
         found = []
         for seed in range(args.seeds):
-            run = f"{flags} --steps {steps} --seed {seed}".strip()
+            run = " ".join(f"{steps} {flags} --seed {seed}".split())
             folder = args.out / run.replace("--", "").replace(" ", "-")
             command(f"{run} --eval-samples 2 --out {folder}")
-            if sit.read_file(folder / "ckpt.pt")["step"] < steps:
-                raise SystemExit(f"{folder}: stopped")
             found.append(measure_student(args, folder))
         label = f"{name} `{flags}`" if flags else name
         print_row(label, found, {"the paper's FID": paper}, head=name == rows[0][0])
@@ -239,6 +242,7 @@ def chart(args, name, curves, **labels):
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
         axes.legend()
+        args.pictures.mkdir(parents=True, exist_ok=True)
         figure.savefig(args.pictures / f"{name}.png")
 
 
@@ -316,7 +320,7 @@ def mismatch(args):
 @torch.no_grad()
 def end_moves(F, F_x, u, x, t, delta):
     """F + δ ∂F/∂δ - u(x + δ F, t - δ): `fmd.prediction`, whose clock starts at t, not 1."""
-    F_dot = fmd.duration_derivative(lambda x, d: F(x, t, d), x, delta, F_x, "fd")
+    F_dot = fmd.duration_derivative(lambda x, d: F(x, t, d), x, delta)
     return fmd.prediction(F_x, F_dot, lambda x, s: u(x, s - (1 - t)), x, delta)
 
 
@@ -327,7 +331,7 @@ def start_moves(F, F_x, u, x, t, delta):
 
     def F_on_line(x, d):
         return F(x - fmd.expand(d - delta, x) * u_x, t + (d - delta), d)
-    F_dot = fmd.duration_derivative(F_on_line, x, delta, F_x, "fd")
+    F_dot = fmd.duration_derivative(F_on_line, x, delta)
     return F_x + fmd.expand(delta, x) * F_dot - u_x
 
 
@@ -367,17 +371,18 @@ def distil(args, equation, source, seed, folder):
     net = fmd.start_from(TEACHER, delta=True, gamma=True)
     optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.99), weight_decay=0)
     for step in tqdm(range(steps)):
-        p = fmd.prior(32, SHAPE, NULL, (GAMMA, GAMMA))
-        x, t, y = p.z, torch.ones(32), p.y
+        x, y, gamma = fmd.prior(32, SHAPE, NULL, (GAMMA, GAMMA))
+        t = torch.ones(32)
         if source:
             x[:24], t[:24], y[:24] = source(24)
-        delta = t * p.delta
+        delta = t * torch.rand(32)
 
-        def F(x, t, delta): return net(x, t, y, delta, p.gamma)
-        def u(x, t): return fmd.guided(TEACHER, x, t, y, p.gamma, NULL)
+        def F(x, t, delta): return net(x, t, y, delta, gamma)
+        def u(x, t): return fmd.guided(TEACHER, x, t, y, gamma, NULL)
         F_x = F(x, t, delta)
-        residual = equation(F, F_x.detach(), u, x, t, delta)
-        (F_x * fmd.weighted(residual)).mean().backward()
+        residual = equation(F, F_x, u, x, t, delta)
+        loss, _ = fmd.student_loss(F_x, residual, F_x[:0], residual[:0])  # correction has no rows
+        loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1)
         optimizer.param_groups[0]["lr"] = 5e-4 * fmd.learning_rate(step, steps, 20, 0.3)
         optimizer.step()
@@ -423,25 +428,25 @@ def run(args):
 
 def main(argv=None):
     findings = {f.__name__: f for f in (digits, classifier, quality, speed, mismatch, strip, run)}
-    findings["objectives"] = partial(table, rows=[SETTINGS[i] for i in (2, 3, 6)], steps=1750)
-    findings["settings"] = partial(table, rows=SETTINGS, steps=900)
+    for name, rows in (("objectives", OBJECTIVES), ("settings", SETTINGS), ("lengths", LENGTHS)):
+        findings[name] = partial(table, rows=rows)
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("what", choices=findings)
-    add("files", nargs="*", type=Path, help="of digits and quality; folders of run")
-    add("--mnist", metavar="DIR", help="folder with the IDX files (default: download)")
+    add("files", nargs="*", type=expanded, help="of digits and quality; folders of run")
+    add("--mnist", type=expanded, metavar="DIR", help="folder with the IDX files (default: download)")
     add("--part", default="last", choices=("first", "last"), help="of MNIST's training digits")
     add("--count", type=int, default=10_000, help="digits, or samples of a row")
     add("--steps", type=int, help="of a training")
     add("--seeds", type=int, default=3)
-    add("--only", nargs="+", default=[""], help="rows of objectives or settings with this in their names")
-    add("--real", type=Path, default=Path("out/real.npz"))
-    add("--teacher", type=Path, default=Path("out/teacher/rollout.npz"))
-    add("--classifier", type=Path, default=Path("out/classifier.pt"))
-    add("--weights", help="Inception's: a file or `published`; without, FID is left out")
-    add("--out", type=Path, default=Path("out/findings"), help="folder of students and samples")
-    add("--pictures", type=Path, help="folder of charts and pictures")
+    add("--only", nargs="+", default=[""], help="rows of a table of students with this in their names")
+    add("--real", type=expanded, default=Path("out/real.npz"))
+    add("--teacher", type=expanded, default=Path("out/teacher/rollout.npz"))
+    add("--classifier", type=expanded, default=Path("out/classifier.pt"))
+    add("--weights", type=os.path.expanduser, help="Inception's: a file, or `published` (none: no FID)")
+    add("--out", type=expanded, default=Path("out/findings"), help="folder of students and samples")
+    add("--pictures", type=expanded, help="folder of charts and pictures")
     args = parser.parse_args(argv)
     findings[args.what](args)
 

@@ -15,6 +15,7 @@ from torch.nn import Linear, SiLU
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import fmd  # noqa: E402
+from train_teacher import expanded  # noqa: E402
 
 RED, BLUE = "#c0392b", "#2c5aa0"
 
@@ -65,11 +66,12 @@ def distil_blobs(steps):
     optimizer = torch.optim.Adam([*F.parameters(), *g.parameters()], betas=(0.9, 0.99))
     for step in range(steps):
         z, delta = torch.randn(192, 2), torch.rand(192)  # for prediction
-        z_c, n, r = torch.randn(64, 2), torch.randn(64, 2), torch.sigmoid(0.8 + torch.randn(64))
+        z_c, n, r = torch.randn(64, 2), torch.randn(64, 2), fmd.noise_level(64)
         F_p, F_c = F(z, delta), F(z_c, torch.ones(64))
         F_dot = fmd.duration_derivative(F, z, delta)
         residual_p = fmd.prediction(F_p, F_dot, blobs, z, delta)
         residual_c, online_loss = fmd.correction(F_c, blobs, g, z_c, n, r)
+        # With k = 1 the median distance of `example` is 0.22, with 0.5 it is 0.05.
         loss, _ = fmd.student_loss(F_p, residual_p, F_c, residual_c, k=0.5)
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, 2 - 2 * step / steps)
         optimizer.zero_grad()
@@ -148,8 +150,9 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=findings)
     parser.add_argument("--steps", type=int, default=2000, help="of the example's student")
-    parser.add_argument("--pictures", type=Path, default=HERE, help="folder of the picture")
+    parser.add_argument("--pictures", type=expanded, default=HERE, help="folder of the picture")
     args = parser.parse_args(argv)
+    args.pictures.mkdir(parents=True, exist_ok=True)
     findings[args.what](args)
 
 

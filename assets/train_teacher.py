@@ -8,6 +8,7 @@ sees data).
 
 import argparse
 import gzip
+import os
 import sys
 import time
 from functools import partial
@@ -19,7 +20,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import sit                                                                          # noqa: E402
+import sit  # noqa: E402
+
+
+def expanded(text):
+    """A path of the command line. After --out=~/ the shell leaves the ~ as it is."""
+    return Path(os.path.expanduser(text))
 
 
 def read_idx(folder, name):
@@ -48,9 +54,11 @@ def load_mnist(folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--mnist", metavar="DIR", help="folder with the IDX files (default: download)")
-    parser.add_argument("--out", type=Path, default=Path("assets/teacher-mnist.pt"))
-    parser.add_argument("--init", metavar="F", help="go on from these weights, with a fresh schedule")
+    parser.add_argument("--mnist", type=expanded, metavar="DIR",
+                        help="folder with the IDX files (default: download)")
+    parser.add_argument("--out", type=expanded, default=Path("assets/teacher-mnist.pt"))
+    parser.add_argument("--init", type=expanded, metavar="F",
+                        help="go on from these weights, with a fresh schedule")
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1e-3, help="peak: 200 steps of warm-up, then down to 0")
@@ -59,6 +67,8 @@ def main():
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    if args.init and args.init.resolve() == args.out.resolve():
+        parser.error(f"--init {args.init}: would be overwritten; give another --out")
 
     torch.manual_seed(0)
     x, y = (a.to(args.device) for a in load_mnist(args.mnist))
