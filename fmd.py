@@ -2,40 +2,40 @@
 """FMD: data-free flow-map distillation, a minimal FreeFlow (arXiv 2511.19428).
 
 A pretrained flow model, the teacher, makes a sample by integrating its velocity u from noise to
-data, in tens to hundreds of network evaluations. A flow map, the student, jumps in one. This file
-distils the first into the second without data: every state of training comes from the prior, where
-all paths start, or is the student's own prediction. A step of training:
+data, in tens to hundreds of network evaluations. A flow map, the student, jumps there in one. This
+file distils the first into the second without data: every state of training comes from the prior,
+where all paths start, or is the student's own prediction. A step of training:
 
-  z ~ N(0, I),  δ ~ U(0, 1)               noise, where a path starts; a duration along it
+  z ~ N(0, I),  δ ~ U(0, 1)               noise, where a path starts; a duration along the path
   x_δ = z + δ F(z, δ)                     the student's state after δ; F is its average velocity
-  Δ_p = F + δ ∂F/∂δ - u(x_δ, 1 - δ)       prediction: the student's velocity there, minus the teacher's
+  Δ_p = F + δ ∂F/∂δ - u(x_δ, 1 - δ)       prediction: the student's velocity minus the teacher's
 
   x = z + F(z, 1)                         a sample of the student, from another z
-  x_r = (1 - r) x + r n,  n ~ N(0, I)     the sample under fresh noise of a random level r
-  Δ_c = g(x_r, r) - u(x_r, r)             correction: the velocity of such states, minus the teacher's
+  x_r = (1 - r) x + r n,  n ~ N(0, I)     the sample under fresh noise, of a random level r
+  Δ_c = g(x_r, r) - u(x_r, r)             correction: the velocity of such x_r minus the teacher's
 
-  F moves against w Δ_p and λ Δ_c         w damps the rows of prediction that disagree most;
-                                          λ makes both parts equally strong, on average
-  g moves towards x - n                   a network beside the student; its best value is
-                                          E[x - n | x_r], the velocity of the student's noised samples
+  F moves against w Δ_p and λ Δ_c         w, a row each, damps where the two velocities disagree;
+                                          λ scales Δ_c to the size of Δ_p, on average
+  g(x_r, r) moves towards x - n           so that it becomes E[x - n | x_r], the velocity of the
+                                          student's noised samples
 
-Prediction makes the student's path follow the teacher's. Its small errors add up along the path.
-Correction compares what comes out at the end, as a distribution. u, F and g also take a label y and
-a guidance strength γ. Only F is guided at no cost: it learns the result.
+Prediction makes the student's path follow the teacher's, but small errors add up along the path.
+Correction compares where paths end, as a distribution. F, u and g also take a class label y and a
+guidance strength γ: the student learns the guided velocity, and samples with one evaluation.
 
 TIME: t = 1 IS NOISE, t = 0 IS DATA. VELOCITIES POINT FROM NOISE TO DATA.
 
-If you know MeanFlow: the start z of a path is fixed here. So ∂F/∂δ is a partial derivative, and no
-term (v·∇)F is added to it.
+If you know MeanFlow: here the start z of a path is fixed. So ∂F/∂δ is a partial derivative, without
+a term (v·∇)F.
 
   python fmd.py                                            distil the bundled teacher of MNIST's
-                                                           digits, minutes on a laptop; or resume
+                                                           digits, in minutes; or resume
   torchrun --nproc_per_node=8 fmd.py --res 256             ImageNet, from the released SiT-XL/2
   python fmd.py --sample 100 --guidance 1.5 --labels 7     one-step samples of the student
   python fmd.py --rollout 100 --solver heun                many-step samples of the teacher
 
-Sections 1 to 5 are the method. 6 to 8 are settings, processes, files and sampling. [ours] marks a
-choice that the paper does not make.
+Sections 1 to 5 are the method; 6 to 8 are settings, files and sampling. [ours] marks a choice that
+the paper does not make.
 """
 
 import argparse
@@ -78,8 +78,8 @@ def prior(count, shape, classes, gamma_range=(1.0, 2.0), device="cpu"):
 
 
 def noise_level(count, location=0.8, scale=1.0, device="cpu"):
-    """Levels of correction's noise, r (count,) ~ LogitNormal(location, scale), in (0, 1). The paper's
-    location, 0.8, prefers high noise (Table 1). The scale is [ours]."""
+    """Levels of correction's noise: r (count,) ~ LogitNormal(location, scale), in (0, 1). The
+    location 0.8 is the paper's (Table 1) and prefers high noise. The scale is [ours]."""
     return torch.sigmoid(location + scale * torch.randn(count, device=device))
 
 
@@ -171,8 +171,8 @@ def correction(F_value, u, g, z, n, r):
     """Correction (paper, Eq. 10 and 11) -> its residual, like z, the paper's Δ_N; the loss of g.
         x = f(z, 1)                        a sample of the student
         x_r = (1 - r) x + r n              the sample under noise
-        Δ_c = E[x - n | x_r] - u(x_r, r)   velocity of the student's noised samples minus the teacher's
-    The expectation has no formula. g is trained to be it, by flow matching: |g(x_r, r) - (x - n)|².
+        Δ_c = E[x - n | x_r] - u(x_r, r)   velocity of the student's noised samples minus teacher's
+    The expectation has no formula. g learns it by flow matching, with loss |g(x_r, r) - (x - n)|².
     Why it works, with s the score (gradient of the log density) of noised samples:
         x - n = (x_r - n) / (1 - r)  and  E[n | x_r] = -r s(x_r), so
         Δ_c = r / (1 - r) (s_student - s_teacher) at x_r;
@@ -269,9 +269,9 @@ def train(s):
         for group, peak in zip(optimizer.param_groups, (s.lr, s.online_lr)):
             group["lr"] = peak * scale
 
-        # ---- Prediction. F_p has a gradient; ∂F/∂δ needs none, and takes a pass of its own, since a
-        # JVP cannot pass through DDP. The pass with gradient is first: autocast keeps a pass's cast
-        # weights for the next, and those of a pass without gradient would cut the gradient.
+        # ---- Prediction. F_p has a gradient. ∂F/∂δ needs none: it is a pass of its own, by the bare
+        # student. The pass with gradient comes first: autocast keeps its cast weights for the next,
+        # and weights cast without gradient would cut it.
         z_p, y_p, gamma_p = prior(rows_p, shape, classes, s.gamma, device)
         delta = torch.rand(rows_p, device=device)
         def F(z, delta): return average_velocity(student, z, delta, y_p, gamma_p)
@@ -282,8 +282,8 @@ def train(s):
             residual_p = prediction(F_p, F_dot, u_p, z_p, delta)
 
         # ---- Correction, at δ = 1. Its teacher is guided up to r = cut, prediction's inside the
-        # interval: where these differ, so do the teachers of the two parts. The paper's FID with cut
-        # 0.6, 0.7, 1.0: 5.72, 5.63, 8.65.
+        # interval: where these differ, so do the teachers. The paper's FID for cut 0.6, 0.7 and 1:
+        # 5.72, 5.63, 8.65.
         z_c, y_c, gamma_c = prior(rows_c, shape, classes, s.gamma, device)
         n, r = torch.randn_like(z_c), noise_level(rows_c, s.r_location, s.r_scale, device)
         def u_c(x, t): return guided(teacher, x, t, y_c, gamma_c, null, (0.0, s.cut))
@@ -315,10 +315,10 @@ def train(s):
         if saving or done % s.log_every == 0:
             means = mean_of_processes(totals / (done - logged)).tolist()
             speed = s.batch * (done - logged) / (time.perf_counter() - clock)
-            line = {"step": done, **dict(zip(terms, means)), "lr": s.lr * scale, "images_per_s": speed}
+            line = dict(zip(terms, means), step=done, lr=s.lr * scale, images_per_s=speed)
             if not np.isfinite(means).all():  # in all processes, and before anything is saved
-                sys.exit(f"fmd.py: step {done}: a loss or gradient is not finite, {line}; repeat the "
-                         "command with a lower --lr or another --seed")
+                sys.exit(f"fmd.py: step {done}: a loss or gradient is not finite; repeat the command "
+                         "with a lower --lr or another --seed")
             if saving and RANK == 0:
                 x = one_step(ema, z_eval, y_eval, gamma_eval)
                 line["endpoint_error"] = endpoint_error(x, phi).mean().item()
@@ -329,14 +329,15 @@ def train(s):
     say(f"next: python fmd.py --res {s.res} --sample 100 --out {s.out}")
 
 
-# The method ends here. The rest is settings, processes, files and sampling.
-
-
 # ---- 6. Settings ----
-def count(text):
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+def count(text, least=1):
+    if int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text} is less than {least}")
     return int(text)
+
+
+def natural(text):
+    return count(text, least=0)
 
 
 def share(text):
@@ -349,9 +350,9 @@ path = os.path.expanduser  # --out=~/run: the shell leaves it as it is
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RES = 28, 256, 512  # 28: pixels of any size; else latents of images of this side
 
-# flag: kind, its value at --res 28, 256, 512, meaning. [P]: the value at 256 and 512 is the paper's.
+# flag: kind, value at --res 28, 256, 512, meaning. [P]: the value at 256 and 512 is the paper's.
 SETTINGS = {
-    # Method. A run is resumed only with the same values.
+    # Method. A run is resumed only with the same values (METHOD).
     "correction": (share, 0.25, 0.25, 0.25, "correction's share of the batch [P]"),
     "k": (float, 1.0, 1.0, 1.0, "exponent of w, the weights of prediction [P]"),
     "alpha": (float, 1.0, 1.0, 1.0, "strength of correction [P]"),
@@ -365,10 +366,10 @@ SETTINGS = {
     "batch": (count, 32, 256, 256, "rows a step, of all processes [P]"),
     "lr": (float, 1e-3, 1e-4, 1e-4, "peak rate of the student"),
     "online_lr": (float, 1e-3, 1e-4, 1e-4, "peak rate of g"),
-    "warmup": (int, 20, 1000, 1000, "steps up to the peak"),
+    "warmup": (natural, 20, 1000, 1000, "steps up to the peak"),
     "decay_from": (share, 0.3, 1.0, 1.0, "share of the steps before the fall to 0; 1: no fall"),
     "ema": (share, 0.99, 0.9999, 0.9999, "decay of the student's average"),
-    "seed": (int, 0, 0, 0, "of every draw"),
+    "seed": (natural, 0, 0, 0, "of every draw"),
     "bf16": (bool, False, True, True, "in training, networks compute in bfloat16"),
     "compile": (bool, False, True, True, "torch.compile blocks and derivative: minutes, once"),
     "checkpointing": (bool, False, False, True, "recompute activations, to save memory"),
@@ -390,7 +391,7 @@ SETTINGS = {
     "solver": (("heun", "euler"), "heun", "heun", "heun", "of the rollout"),
     "rollout_steps": (count, 32, 32, 32, "steps of the rollout"),
 }
-METHOD = "correction k alpha gamma interval cut r_location r_scale".split()
+METHOD = "correction k alpha gamma interval cut r_location r_scale convention".split()
 
 
 def parse(argv=None):
@@ -418,8 +419,8 @@ def parse(argv=None):
     s.rows_c = round(s.batch * s.correction)
     s.rows_p = s.batch - s.rows_c
     if (s.rows_p % WORLD or s.rows_c % WORLD) and not (s.sample or s.rollout):
-        parser.error(f"--batch {s.batch}: {WORLD} processes cannot share {s.rows_p} rows of prediction "
-                     f"and {s.rows_c} of correction; both must be multiples of {WORLD}")
+        parser.error(f"--batch {s.batch}: {WORLD} processes cannot share {s.rows_p} rows of "
+                     f"prediction and {s.rows_c} of correction; give multiples of {WORLD}")
     if s.device == "cuda" and LOCAL_RANK >= torch.cuda.device_count():
         parser.error(f"--device cuda: no GPU {LOCAL_RANK} here; use cpu")
     written = ["student.pt", "ckpt.pt", "pairs.png", "metrics.jsonl"]
@@ -456,8 +457,8 @@ def mean_of_processes(values):
 
 
 def step_seed(seed, step, rank):
-    """Each process counts from a start of its own. torch's CPU generator keeps 32 bits of a seed: of
-    100,000 hashed ones some would be equal, and counted ones are not."""
+    """Each process counts from a start of its own. torch's CPU generator keeps 32 bits of a seed:
+    of 100,000 hashed ones some would be equal. Counted ones are not."""
     return int(np.random.SeedSequence((seed, rank)).generate_state(1)[0]) + step
 
 
@@ -489,7 +490,7 @@ def load(source, res, convention, vae, device, student=False):
         raise sit.FileError(f"{source}: not a {'student' if student else 'teacher'}")
     if (res > 28 and shape != [4, res // 8, res // 8]) or (res == 28 and shape[0] == 4):
         raise sit.FileError(f"{source}: made for {shape}, not for --res {res}")
-    say(f"{source}: convention {convention} ({info['why']}), labels 0 to {classes - 1}, ∅ is {classes}")
+    say(f"{source}: convention {convention} ({info['why']}), labels 0 to {classes - 1}")
     decoder = sit.load_decoder(sit.fetch(vae)).to(device) if res > 28 else None
     return net.to(device), info, decoder
 
@@ -522,8 +523,9 @@ def resume(path, parts, s):
     with sit.usable(path, "a checkpoint of fmd.py"):
         for name, value in file["settings"].items():
             if getattr(s, name) != value:
-                raise sit.FileError(f"{path}: made with --{name.replace('_', '-')} {value}; give that, or "
-                                    "another --out")
+                flag = name.replace("_", "-")
+                raise sit.FileError(f"{path}: made with --{flag} {value}; "
+                                    "give that, or another --out")
         for name, part in parts.items():
             part.load_state_dict(file[name])
         say(f"{path}: resumed at step {file['step']}")
@@ -603,7 +605,7 @@ def sample(s):
     s.out.mkdir(parents=True, exist_ok=True)
 
     clock, parts = time.perf_counter(), []
-    mine = range(total)[RANK * total // WORLD:(RANK + 1) * total // WORLD]  # of this process, or empty
+    mine = range(total)[RANK * total // WORLD:(RANK + 1) * total // WORLD]  # may be empty
     for start in tqdm(range(0, max(1, len(mine)), CHUNK), disable=RANK > 0 or None):
         rows = mine[start:start + CHUNK]
         z = noises(s.seed, rows, shape).to(device)
