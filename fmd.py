@@ -34,8 +34,7 @@ a term (v·∇)F.
   python fmd.py --sample 100 --guidance 1.5 --labels 7     one-step samples of the student
   python fmd.py --rollout 100 --solver heun                many-step samples of the teacher
 
-Sections 1 to 5 are the method; 6 to 8 are settings, files and sampling. [ours] marks a choice that
-the paper does not make.
+Sections 1 to 5 are the method. [ours] marks a choice that the paper does not make.
 """
 
 import argparse
@@ -67,20 +66,13 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0) if WORLD > 1 else 0
 
 # ---- 1. The prior ----
 def prior(count, shape, classes, gamma_range=(1.0, 2.0), device="cpu"):
-    """Starts of paths -> z (count, *shape) ~ N(0, I); y (count,), a label below `classes`; gamma
-    (count,) ~ U(gamma_range). The student is trained at all γ of the range, so that guidance is a
-    knob when it samples."""
+    """Starts of paths -> z (count, *shape) ~ N(0, I); y (count,), labels below `classes`; gamma
+    (count,) ~ U(gamma_range), so that guidance is a knob when the student samples."""
     low, high = gamma_range
     z = torch.randn(count, *shape, device=device)
     y = torch.randint(classes, (count,), device=device)
     gamma = low + (high - low) * torch.rand(count, device=device)
     return z, y, gamma
-
-
-def noise_level(count, location=0.8, scale=1.0, device="cpu"):
-    """Levels of correction's noise: r (count,) ~ LogitNormal(location, scale), in (0, 1). The
-    location 0.8 is the paper's (Table 1) and prefers high noise. The scale is [ours]."""
-    return torch.sigmoid(location + scale * torch.randn(count, device=device))
 
 
 # ---- 2. The teacher: a guided velocity and its rollout ----
@@ -202,12 +194,12 @@ def student_loss(F_p, residual_p, F_c, residual_c, k=1.0, alpha=1.0, eps=1e-3):
         λ = α mean|Δ_p| / (mean|Δ_c| + ε)            one a process
     |Δ| is the root mean square of a row's numbers. The gradient is w Δ_p / M in F_p, λ Δ_c / M in
     F_c: descent moves F against both. MeanFlow (arXiv 2505.13447) writes sg(w) |F - sg(F - Δ)|²,
-    where sg stops the gradient: the same gradient, up to a constant. The value means nothing.
-    w is for prediction alone. It damps rows where student and teacher disagree: with k = 1, the
-    paper's, a row pulls with about 1 / |Δ|. Correction has no w: Δ_c keeps its sizes, and fades as
-    the student comes near the teacher. With α = 1 its rows are as large as Δ_p, on average.
+    where sg stops the gradient: the same, up to a constant. The value of the loss means nothing.
+    w is for prediction alone: it damps rows where student and teacher disagree. With the paper's
+    k = 1 a row pulls with about 1 / |Δ|. Correction has no w: Δ_c keeps the weights of the noise
+    levels, and fades as the student comes near the teacher.
     ε is [ours]. In w it bounds the pull of small residuals. In λ it keeps rounding small: at the
-    first step g is the teacher, and Δ_c without guidance is rounding error alone.
+    first step g is the teacher, so Δ_c without guidance is rounding error alone.
     F_p, residual_p (P, ...); F_c, residual_c (C, ...). If P or C is 0, λ is α."""
     size_p = residual_p.flatten(1).square().mean(1)  # |Δ_p|², (P,)
     size_c = residual_c.flatten(1).square().mean(1)  # |Δ_c|², (C,)
@@ -269,9 +261,9 @@ def train(s):
         for group, peak in zip(optimizer.param_groups, (s.lr, s.online_lr)):
             group["lr"] = peak * scale
 
-        # ---- Prediction. F_p has a gradient. ∂F/∂δ needs none: it is a pass of its own, by the bare
-        # student. The pass with gradient comes first: autocast keeps its cast weights for the next,
-        # and weights cast without gradient would cut it.
+        # ---- Prediction. F_p has a gradient. ∂F/∂δ needs none: a pass of its own, by the bare
+        # student. The pass with gradient comes first: autocast keeps cast weights for the next one,
+        # and weights cast without gradient would cut the gradient.
         z_p, y_p, gamma_p = prior(rows_p, shape, classes, s.gamma, device)
         delta = torch.rand(rows_p, device=device)
         def F(z, delta): return average_velocity(student, z, delta, y_p, gamma_p)
@@ -285,7 +277,8 @@ def train(s):
         # interval: where these differ, so do the teachers. The paper's FID for cut 0.6, 0.7 and 1:
         # 5.72, 5.63, 8.65.
         z_c, y_c, gamma_c = prior(rows_c, shape, classes, s.gamma, device)
-        n, r = torch.randn_like(z_c), noise_level(rows_c, s.r_location, s.r_scale, device)
+        n, logit = torch.randn_like(z_c), torch.randn(rows_c, device=device)
+        r = torch.sigmoid(s.r_location + s.r_scale * logit)  # LogitNormal, mostly high noise
         def u_c(x, t): return guided(teacher, x, t, y_c, gamma_c, null, (0.0, s.cut))
         def g(x, t): return ddp_online(x, t, y_c, gamma=gamma_c)
         with autocast:
@@ -317,14 +310,19 @@ def train(s):
             speed = s.batch * (done - logged) / (time.perf_counter() - clock)
             line = dict(zip(terms, means), step=done, lr=s.lr * scale, images_per_s=speed)
             if not np.isfinite(means).all():  # in all processes, and before anything is saved
-                sys.exit(f"fmd.py: step {done}: a loss or gradient is not finite; repeat the command "
-                         "with a lower --lr or another --seed")
+                sys.exit(f"fmd.py: step {done}: a loss or gradient is not finite; "
+                         "repeat the command with a lower --lr or another --seed")
             if saving and RANK == 0:
                 x = one_step(ema, z_eval, y_eval, gamma_eval)
                 line["endpoint_error"] = endpoint_error(x, phi).mean().item()
                 save(s.out, parts, s, done)
-                save_pairs(s.out / "pairs.png", phi, x, decoder)
-            write_line(s.out / "metrics.jsonl", line)
+                pairs = torch.stack([phi, x], 1)[:50].flatten(0, 1)  # side by side
+                save_grid(s.out / "pairs.png", to_uint8(pairs, decoder))
+            if RANK == 0:
+                text = json.dumps({name: round(value, 8) for name, value in line.items()})
+                say(text)
+                with open(s.out / "metrics.jsonl", "a") as log:
+                    print(text, file=log)
             totals, logged, clock = 0, done, time.perf_counter()
     say(f"next: python fmd.py --res {s.res} --sample 100 --out {s.out}")
 
@@ -386,7 +384,7 @@ SETTINGS = {
     # Sampling, in place of training.
     "sample": (count, None, None, None, "N samples of the student"),
     "rollout": (count, None, None, None, "N samples of the teacher"),
-    "ckpt": (path, None, None, None, "the student; else OUT/student.pt, or at 28 the bundled one"),
+    "ckpt": (path, None, None, None, "the student, if not OUT/student.pt"),
     "guidance": (float, 1.5, 1.5, 1.5, "γ of the samples"),
     "solver": (("heun", "euler"), "heun", "heun", "heun", "of the rollout"),
     "rollout_steps": (count, 32, 32, 32, "steps of the rollout"),
@@ -423,12 +421,12 @@ def parse(argv=None):
                      f"prediction and {s.rows_c} of correction; give multiples of {WORLD}")
     if s.device == "cuda" and LOCAL_RANK >= torch.cuda.device_count():
         parser.error(f"--device cuda: no GPU {LOCAL_RANK} here; use cpu")
-    written = ["student.pt", "ckpt.pt", "pairs.png", "metrics.jsonl"]
-    if s.sample or s.rollout:
-        written = ["samples.npz", "samples.png", "rollout.npz", "rollout.png"]
-    for flag in ("teacher", "vae", "ckpt"):
-        if Path(getattr(s, flag) or "").resolve() in [(s.out / name).resolve() for name in written]:
-            parser.error(f"--{flag} {getattr(s, flag)}: would be overwritten; give another --out")
+    inputs = [Path(source).resolve() for source in (s.teacher, s.vae, s.ckpt) if source]
+    training = "student.pt ckpt.pt pairs.png metrics.jsonl"
+    sampling = "samples.npz samples.png rollout.npz rollout.png"
+    for name in (sampling if s.sample or s.rollout else training).split():
+        if (s.out / name).resolve() in inputs:
+            parser.error(f"--out {s.out}: {name} would be overwritten, and is read; give another")
     return s
 
 
@@ -478,11 +476,7 @@ def load(source, res, convention, vae, device, student=False):
     """-> a frozen teacher or student, what else its file holds, the decoder of its latents or None.
     Whatever clock and sign the file has, the network's t is 1 at noise and its velocity points from
     noise to data. Raises sit.FileError."""
-    sources = [source] if res == 28 else [source, vae]
-    if LOCAL_RANK == 0:  # one process of a machine downloads, the others wait
-        for each in sources:
-            sit.fetch(each)
-    if WORLD > 1:
+    if LOCAL_RANK > 0:  # one process of a machine downloads, the others wait
         dist.barrier()
     net, info = sit.load(sit.fetch(source), convention=convention)
     shape, classes, convention = (net.config[name] for name in ("shape", "classes", "convention"))
@@ -492,6 +486,8 @@ def load(source, res, convention, vae, device, student=False):
         raise sit.FileError(f"{source}: made for {shape}, not for --res {res}")
     say(f"{source}: convention {convention} ({info['why']}), labels 0 to {classes - 1}")
     decoder = sit.load_decoder(sit.fetch(vae)).to(device) if res > 28 else None
+    if WORLD > 1 and LOCAL_RANK == 0:
+        dist.barrier()
     return net.to(device), info, decoder
 
 
@@ -523,22 +519,11 @@ def resume(path, parts, s):
     with sit.usable(path, "a checkpoint of fmd.py"):
         for name, value in file["settings"].items():
             if getattr(s, name) != value:
-                flag = name.replace("_", "-")
-                raise sit.FileError(f"{path}: made with --{flag} {value}; "
-                                    "give that, or another --out")
+                raise sit.FileError(f"{path}: {name} was {value}; give that, or another --out")
         for name, part in parts.items():
             part.load_state_dict(file[name])
         say(f"{path}: resumed at step {file['step']}")
         return file["step"]
-
-
-def write_line(path, line):
-    """One line of the log, on the screen and at the end of the file."""
-    if RANK == 0:
-        text = json.dumps({name: round(value, 8) for name, value in line.items()})
-        say(text)
-        with open(path, "a") as file:
-            print(text, file=file)
 
 
 # ---- 8. Sampling ----
@@ -578,12 +563,6 @@ def save_grid(path, images):
     sit.write(path, partial(save_image, images, format="PNG", nrow=10, pad_value=1))
 
 
-def save_pairs(path, phi, x, decoder):
-    """The teacher's and the student's samples of the same noises, side by side, up to 50 pairs."""
-    pairs = torch.stack([phi, x], 1)[:50].flatten(0, 1)
-    save_grid(path, to_uint8(pairs, decoder))
-
-
 def sample(s):
     """--sample or --rollout: N samples to an npz, as ADM's evaluator reads it, and a grid of some.
     Noise i is the same whatever N and the number of processes."""
@@ -592,8 +571,6 @@ def sample(s):
     file, source = s.out / "rollout.npz", s.teacher
     if s.sample:
         file, source = s.out / "samples.npz", s.ckpt or s.out / "student.pt"
-        if s.res == 28 and not s.ckpt and s.out == Path("out/28") and not source.exists():
-            source = "assets/student-mnist.pt"  # nothing was trained yet
     net, info, decoder = load(source, s.res, s.convention, s.vae, device, student=bool(s.sample))
     shape, classes = net.config["shape"], net.config["classes"]
     labels = s.labels or range(classes)
@@ -635,9 +612,8 @@ def main(argv=None):
         sample(s) if s.sample or s.rollout else train(s)
     except (sit.FileError, OSError) as e:
         sys.exit(f"fmd.py: {e}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if WORLD > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

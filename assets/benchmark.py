@@ -113,8 +113,7 @@ def measure(flags, steps):
         return watch.timed("derivative", compiled) if function is fmd.duration_derivative else compiled
 
     real_resume, real_learning_rate, real_compile = fmd.resume, fmd.learning_rate, torch.compile
-    parts = [("draws", fmd, "prior"), ("draws", fmd, "noise_level"),
-             ("draws", torch, "rand"), ("draws", torch, "randn_like"),
+    parts = [("draws", fmd, "prior"), ("draws", torch, "rand"), ("draws", torch, "randn_like"),
              ("student, forward", fmd, "average_velocity"),
              ("teacher, guided", fmd, "guided"),
              ("g, forward", sit.SiT, "forward"),        # student and teacher are inside the above

@@ -66,7 +66,7 @@ def distil_blobs(steps):
     optimizer = torch.optim.Adam([*F.parameters(), *g.parameters()], betas=(0.9, 0.99))
     for step in range(steps):
         z, delta = torch.randn(192, 2), torch.rand(192)  # for prediction
-        z_c, n, r = torch.randn(64, 2), torch.randn(64, 2), fmd.noise_level(64)
+        z_c, n, r = torch.randn(64, 2), torch.randn(64, 2), torch.sigmoid(0.8 + torch.randn(64))
         F_p, F_c = F(z, delta), F(z_c, torch.ones(64))
         F_dot = fmd.duration_derivative(F, z, delta)
         residual_p = fmd.prediction(F_p, F_dot, blobs, z, delta)
