@@ -3,8 +3,12 @@
 
 A pretrained flow model, the teacher, makes a sample by integrating its velocity u from noise to
 data, in tens to hundreds of network evaluations. A flow map, the student, jumps there in one. This
-file distils the first into the second without data: every state of training comes from the prior,
-where all paths start, or is the student's own prediction. A step of training:
+file distils the first into the second without data: training starts from the prior, where all
+paths start, and otherwise uses what the student itself predicts.
+
+TIME: t = 1 IS NOISE, t = 0 IS DATA. VELOCITIES POINT FROM NOISE TO DATA.
+
+A step of training, in formulas:
 
   z ~ N(0, I),  δ ~ U(0, 1)               noise, where a path starts; a duration along the path
   x_δ = z + δ F(z, δ)                     the student's state after δ; F is its average velocity
@@ -14,16 +18,14 @@ where all paths start, or is the student's own prediction. A step of training:
   x_r = (1 - r) x + r n,  n ~ N(0, I)     the sample under fresh noise, of a random level r
   Δ_c = g(x_r, r) - u(x_r, r)             correction: the velocity of such x_r minus the teacher's
 
-  F moves against w Δ_p and λ Δ_c         w, a row each, damps where the two velocities disagree;
-                                          λ scales Δ_c to the size of Δ_p, on average
+  F moves against w Δ_p and λ Δ_c         w weights each sample of prediction, so that large Δ_p do
+                                          not drown small ones; λ gives Δ_c the mean size of Δ_p
   g(x_r, r) moves towards x - n           so that it becomes E[x - n | x_r], the velocity of the
                                           student's noised samples
 
 Prediction makes the student's path follow the teacher's, but small errors add up along the path.
 Correction compares where paths end, as a distribution. F, u and g also take a class label y and a
 guidance strength γ: the student learns the guided velocity, and samples with one evaluation.
-
-TIME: t = 1 IS NOISE, t = 0 IS DATA. VELOCITIES POINT FROM NOISE TO DATA.
 
 If you know MeanFlow: here the start z of a path is fixed. So ∂F/∂δ is a partial derivative, without
 a term (v·∇)F.
@@ -148,14 +150,13 @@ def duration_derivative(F, z, delta):
 def prediction(F_value, F_dot, u, z, delta):
     """Prediction (paper, Eq. 7 to 9) -> its residual, like z; the paper's Δ_G:
         Δ_p = v - u(f(z, δ), 1 - δ),  with v = ∂f/∂δ = F + δ ∂F/∂δ.
-    A perfect student has δ F(z, δ) = ∫ u along the path from z. The derivative of both sides in δ
-    is v = u. The teacher's path is not known. So u is taken at the *student's* state, and no data
-    are needed.
+    If Δ_p is 0 at all δ, then f(z, 0) = z and ∂f/∂δ = u(f, 1 - δ): f is the teacher's path from z.
+    u is taken at the *student's* state, so neither the teacher's path nor data are needed.
     F_value = F(z, δ), F_dot = ∂F/∂δ, z (B, ...); delta (B,); u(x, t). Raises ValueError.
     If you copy this: u has t = 1 at noise and points to data. With a wrong clock or sign the
     residual still shrinks, and the samples are garbage."""
     x_delta = flow_map(F_value, z, delta)
-    v = F_value + expand(delta, z) * like(F_dot, z)
+    v = F_value + expand(delta, z) * F_dot
     return v - like(u(x_delta, 1 - delta), z)
 
 
@@ -165,13 +166,13 @@ def correction(F_value, u, g, z, n, r):
         x_r = (1 - r) x + r n              the sample under noise
         Δ_c = E[x - n | x_r] - u(x_r, r)   velocity of the student's noised samples minus teacher's
     The expectation has no formula. g learns it by flow matching, with loss |g(x_r, r) - (x - n)|².
-    Why it works, with s the score (gradient of the log density) of noised samples:
-        x - n = (x_r - n) / (1 - r)  and  E[n | x_r] = -r s(x_r), so
-        Δ_c = r / (1 - r) (s_student - s_teacher) at x_r;
-        (1 - r) (s_student - s_teacher) is the gradient in x of KL(student, teacher) under noise r,
-    as in DMD (arXiv 2311.18828). Both factors depend on r alone: they weight the noise levels. And
-    x = z + F(z, 1), so a step of F against Δ_c moves x against it. (Where u is guided, it is the
-    velocity of no exact distribution.)
+    Why it works, with the score the gradient of the log density of noised samples:
+        x - n = (x_r - n) / (1 - r)  and  E[n | x_r] = -r score(x_r), so
+        Δ_c = r / (1 - r) (student's score - teacher's score) at x_r.
+    The mean over n of (1 - r) (student's score - teacher's score) is the gradient in x of
+    KL(student, teacher) under noise r, as in DMD (arXiv 2311.18828). Both factors depend on r
+    alone: they weight the noise levels. And x = z + F(z, 1), so a step of F against Δ_c moves x
+    against it. (A guided u is not exactly the velocity of a distribution.)
     F_value = F(z, 1), z, n (B, ...); r (B,); u(x, t), g(x, t). Raises ValueError.
     If you copy this: g starts from the teacher's weights, and this loss alone trains it."""
     x = flow_map(F_value, z, torch.ones_like(r)).detach()  # g's loss moves g alone
@@ -188,19 +189,21 @@ def mean_square(x):
 
 
 def student_loss(F_p, residual_p, F_c, residual_c, k=1.0, alpha=1.0, eps=1e-3):
-    """The student's loss -> loss, λ. The gradient is chosen, and the loss is one that has it:
-        loss = (Σ F_p · w Δ_p + λ Σ F_c · Δ_c) / M,  Δ, w, λ constant, M numbers in all
-        w = 1 / (|Δ_p|² + ε)^k                       one a row (paper, Table 1)
-        λ = α mean|Δ_p| / (mean|Δ_c| + ε)            one a process
-    |Δ| is the root mean square of a row's numbers. The gradient is w Δ_p / M in F_p, λ Δ_c / M in
-    F_c: descent moves F against both. MeanFlow (arXiv 2505.13447) writes sg(w) |F - sg(F - Δ)|²,
-    where sg stops the gradient: the same, up to a constant. The value of the loss means nothing.
-    w is for prediction alone: it damps rows where student and teacher disagree. With the paper's
-    k = 1 a row pulls with about 1 / |Δ|. Correction has no w: Δ_c keeps the weights of the noise
-    levels, and fades as the student comes near the teacher.
+    """The student's loss -> loss, λ. It is made to have the gradient w Δ_p / M in F_p and λ Δ_c / M
+    in F_c, so that descent moves F against both residuals. Its value means nothing.
+        loss = (Σ F_p · w Δ_p + λ Σ F_c · Δ_c) / M   Δ, w, λ constant; M numbers in all
+        w = 1 / (|Δ_p|² + ε)^k                       one for each row (paper, Table 1)
+        λ = α mean|Δ_p| / (mean|Δ_c| + ε)            one for each process
+    |Δ| is the root mean square of a row's numbers. MeanFlow (arXiv 2505.13447) writes the loss as
+    sg(w) |F - sg(F - Δ)|², where sg stops the gradient: the same gradient, up to a constant.
+    w is for prediction alone. With the paper's k = 1 a row pulls with |w Δ_p|, about 1 / |Δ_p|.
+    Correction has no w: its rows keep the weights of their noise levels, and pull with |λ Δ_c|,
+    about α |Δ_p| on average. So the parts are equal where |Δ_p| is about 1, as near δ = 1, where
+    samples are made. And correction fades as prediction converges.
     ε is [ours]. In w it bounds the pull of small residuals. In λ it keeps rounding small: at the
     first step g is the teacher, so Δ_c without guidance is rounding error alone.
     F_p, residual_p (P, ...); F_c, residual_c (C, ...). If P or C is 0, λ is α."""
+    residual_p, residual_c = residual_p.detach(), residual_c.detach()
     size_p = residual_p.flatten(1).square().mean(1)  # |Δ_p|², (P,)
     size_c = residual_c.flatten(1).square().mean(1)  # |Δ_c|², (C,)
     w = expand((size_p + eps) ** -k, F_p)
@@ -230,8 +233,8 @@ def train(s):
     ema = start_from(student).requires_grad_(False)  # the student's average, which samples
 
     # ---- Optimiser, rates, clipping and average are [ours].
-    groups = [{"params": student.parameters()}, {"params": online.parameters()}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0, fused=True)
+    weights = [*student.parameters(), *online.parameters()]
+    optimizer = torch.optim.Adam(weights, betas=(0.9, 0.99), fused=True)
     parts = {"student": student, "online": online, "ema": ema, "optimizer": optimizer}
     s.out.mkdir(parents=True, exist_ok=True)
     first = resume(s.out / "ckpt.pt", parts, s)
@@ -257,9 +260,8 @@ def train(s):
     totals, logged, clock = 0, first, time.perf_counter()
     for step in tqdm(range(first, s.steps), initial=first, total=s.steps, disable=RANK > 0 or None):
         torch.manual_seed(step_seed(s.seed, step, RANK))  # so a checkpoint needs no generator
-        scale = learning_rate(step, s.steps, s.warmup, s.decay_from)
-        for group, peak in zip(optimizer.param_groups, (s.lr, s.online_lr)):
-            group["lr"] = peak * scale
+        rate = s.lr * learning_rate(step, s.steps, s.warmup, s.decay_from)
+        optimizer.param_groups[0]["lr"] = rate  # set anew, so a resumed run may change --lr
 
         # ---- Prediction. F_p has a gradient. ∂F/∂δ needs none: a pass of its own, by the bare
         # student. The pass with gradient comes first: autocast keeps cast weights for the next one,
@@ -292,8 +294,8 @@ def train(s):
         online_norm = clip_grad_norm_(online.parameters(), 1)
         optimizer.step()
         optimizer.zero_grad()
-        # The average forgets its start: it spans the last tenth of the steps so far, until it spans
-        # 1 / (1 - ema) steps. With 0.9999 that is after 90,000 steps.
+        # The average spans the last ninth of the steps so far, until that is 1 / (1 - ema) steps:
+        # with 0.9999 after 90,000 steps.
         decay = min(s.ema, (1 + step) / (10 + step))
         for average, weight in zip(ema.parameters(), student.parameters()):
             average.lerp_(weight.detach(), 1 - decay)
@@ -308,7 +310,7 @@ def train(s):
         if saving or done % s.log_every == 0:
             means = mean_of_processes(totals / (done - logged)).tolist()
             speed = s.batch * (done - logged) / (time.perf_counter() - clock)
-            line = dict(zip(terms, means), step=done, lr=s.lr * scale, images_per_s=speed)
+            line = dict(zip(terms, means), step=done, lr=rate, images_per_s=speed)
             if not np.isfinite(means).all():  # in all processes, and before anything is saved
                 sys.exit(f"fmd.py: step {done}: a loss or gradient is not finite; "
                          "repeat the command with a lower --lr or another --seed")
@@ -355,15 +357,14 @@ SETTINGS = {
     "k": (float, 1.0, 1.0, 1.0, "exponent of w, the weights of prediction [P]"),
     "alpha": (float, 1.0, 1.0, 1.0, "strength of correction [P]"),
     "gamma": (float, [1.0, 2.0], [1.0, 2.0], [1.0, 2.0], "range of γ in training"),
-    "interval": (share, [0.0, 1.0], [0.0, 1.0], [0.0, 1.0], "t at which the teacher is guided"),
+    "interval": (share, [0.0, 1.0], [0.0, 1.0], [0.0, 1.0], "guided at these t (REPA: 0 0.7)"),
     "cut": (share, 1.0, 0.7, 0.7, "correction's teacher is guided up to this r [P]"),
     "r_location": (float, 0.8, 0.8, 0.8, "mean of the logit of r [P]"),
     "r_scale": (float, 1.0, 1.0, 1.0, "standard deviation of the logit of r"),
     # Optimisation.
     "steps": (count, 1100, 100_000, 100_000, "optimiser steps [P]"),
     "batch": (count, 32, 256, 256, "rows a step, of all processes [P]"),
-    "lr": (float, 1e-3, 1e-4, 1e-4, "peak rate of the student"),
-    "online_lr": (float, 1e-3, 1e-4, 1e-4, "peak rate of g"),
+    "lr": (float, 1e-3, 1e-4, 1e-4, "peak rate of student and g"),
     "warmup": (natural, 20, 1000, 1000, "steps up to the peak"),
     "decay_from": (share, 0.3, 1.0, 1.0, "share of the steps before the fall to 0; 1: no fall"),
     "ema": (share, 0.99, 0.9999, 0.9999, "decay of the student's average"),
@@ -421,11 +422,8 @@ def parse(argv=None):
                      f"prediction and {s.rows_c} of correction; give multiples of {WORLD}")
     if s.device == "cuda" and LOCAL_RANK >= torch.cuda.device_count():
         parser.error(f"--device cuda: no GPU {LOCAL_RANK} here; use cpu")
-    inputs = [Path(source).resolve() for source in (s.teacher, s.vae, s.ckpt) if source]
-    training = "student.pt ckpt.pt pairs.png metrics.jsonl"
-    sampling = "samples.npz samples.png rollout.npz rollout.png"
-    for name in (sampling if s.sample or s.rollout else training).split():
-        if (s.out / name).resolve() in inputs:
+    for name in () if s.sample or s.rollout else ("student.pt", "ckpt.pt"):
+        if (s.out / name).resolve() in (Path(s.teacher).resolve(), Path(s.vae or "").resolve()):
             parser.error(f"--out {s.out}: {name} would be overwritten, and is read; give another")
     return s
 
@@ -455,8 +453,8 @@ def mean_of_processes(values):
 
 
 def step_seed(seed, step, rank):
-    """Each process counts from a start of its own. torch's CPU generator keeps 32 bits of a seed:
-    of 100,000 hashed ones some would be equal. Counted ones are not."""
+    """A start for each process, plus the step. (torch's CPU generator keeps 32 bits of a seed: of
+    100,000 seeds that are all hashed, some would be equal.)"""
     return int(np.random.SeedSequence((seed, rank)).generate_state(1)[0]) + step
 
 

@@ -119,7 +119,7 @@ def measure(flags, steps):
              ("g, forward", sit.SiT, "forward"),        # student and teacher are inside the above
              ("student and g, backward", torch.Tensor, "backward"),
              ("clipping", fmd, "clip_grad_norm_"),
-             ("optimiser", torch.optim.AdamW, "step")]
+             ("optimiser", torch.optim.Adam, "step")]
     if not s.compile:
         parts.append(("derivative", fmd, "duration_derivative"))
     replaced = [(owner, name, watch.timed(part, getattr(owner, name))) for part, owner, name in parts]
