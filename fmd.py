@@ -93,8 +93,7 @@ def like(v, x):
 def guided(net, x, t, y, gamma, null, interval=(0.0, 1.0)):
     """Classifier-free guidance u(x|∅) + γ (u(x|y) - u(x|∅)), by one call of net(x, t, y).
     x (B, ...); t, y (B,); gamma (B,) or a number; null, the index of the label ∅ -> like x.
-    γ is 1, no guidance, for t outside the interval. All channels are guided (the DiT code guides
-    three)."""
+    γ is 1, no guidance, for t outside the interval. All channels are guided (DiT's code: three)."""
     low, high = interval
     gamma = torch.where((low <= t) & (t <= high), gamma, 1.0)
     labels = torch.cat([y, torch.full_like(y, null)])
@@ -310,7 +309,7 @@ def train(s):
         if saving or done % s.log_every == 0:
             means = mean_of_processes(totals / (done - logged)).tolist()
             speed = s.batch * (done - logged) / (time.perf_counter() - clock)
-            line = dict(zip(terms, means), step=done, lr=rate, images_per_s=speed)
+            line = {"step": done, **dict(zip(terms, means)), "lr": rate, "images_per_s": speed}
             if not np.isfinite(means).all():  # in all processes, and before anything is saved
                 sys.exit(f"fmd.py: step {done}: a loss or gradient is not finite; "
                          "repeat the command with a lower --lr or another --seed")
@@ -471,9 +470,8 @@ def learning_rate(step, steps, warmup, decay_from):
 
 
 def load(source, res, convention, vae, device, student=False):
-    """-> a frozen teacher or student, what else its file holds, the decoder of its latents or None.
-    Whatever clock and sign the file has, the network's t is 1 at noise and its velocity points from
-    noise to data. Raises sit.FileError."""
+    """-> a frozen teacher or student in the clock and sign of this file, whatever its own are; what
+    else its file holds; the decoder of its latents or None. Raises sit.FileError."""
     if LOCAL_RANK > 0:  # one process of a machine downloads, the others wait
         dist.barrier()
     net, info = sit.load(sit.fetch(source), convention=convention)
@@ -497,8 +495,7 @@ def start_from(net, **inputs):
 
 
 def save(folder, parts, s, step):
-    """student.pt, the average in the names of the released files; and ckpt.pt, to resume. A file is
-    written whole or not at all."""
+    """student.pt, the average in the released names; ckpt.pt, to resume. Each whole or not at all."""
     ema = parts["ema"]
     about = {"config": ema.config, "gamma": s.gamma}
     student = {"ema": sit.released_names(ema.state_dict())} | about
