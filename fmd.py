@@ -495,7 +495,7 @@ def start_from(net, **inputs):
 
 
 def save(folder, parts, s, step):
-    """student.pt, the average in the released names; ckpt.pt, to resume. Each whole or not at all."""
+    """Write student.pt, the average in the released names, and ckpt.pt, whole or not at all."""
     ema = parts["ema"]
     about = {"config": ema.config, "gamma": s.gamma}
     student = {"ema": sit.released_names(ema.state_dict())} | about
