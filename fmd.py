@@ -197,8 +197,8 @@ def student_loss(F_p, residual_p, F_c, residual_c, k=1.0, alpha=1.0, eps=1e-3):
     sg(w) |F - sg(F - Δ)|², where sg stops the gradient: the same gradient, up to a constant.
     w is for prediction alone. With the paper's k = 1 a row pulls with |w Δ_p|, about 1 / |Δ_p|.
     Correction has no w: its rows keep the weights of their noise levels, and pull with |λ Δ_c|,
-    about α |Δ_p| on average. So the parts are equal where |Δ_p| is about 1, as near δ = 1, where
-    samples are made. And correction fades as prediction converges.
+    on average α mean|Δ_p|. So prediction pulls harder, most of all where |Δ_p| is small. And
+    correction fades as prediction converges.
     ε is [ours]. In w it bounds the pull of small residuals. In λ it keeps rounding small: at the
     first step g is the teacher, so Δ_c without guidance is rounding error alone.
     F_p, residual_p (P, ...); F_c, residual_c (C, ...). If P or C is 0, λ is α."""
