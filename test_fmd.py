@@ -161,7 +161,7 @@ def test_correction_residual_is_the_difference_of_velocities(batch):
     assert residual.abs().max() == 0            # the teacher's own distribution needs no correction
 
 def test_correction_alone_finds_the_gaussian():
-    """Descent on <F, sg(Δ_N)> with the exact v_N moves a student N(a, b²) to the data's N(m, s²)."""
+    """Descent on <F, sg(Δ_c)> with the exact velocity moves a student N(a, b²) to the data's N(m, s²)."""
     a, b = torch.zeros(2, requires_grad=True), torch.ones(1, requires_grad=True)
     opt = torch.optim.Adam([a, b], 0.02)
     torch.manual_seed(0)

@@ -124,23 +124,23 @@ def figure(args):
     left.plot(*path.T, BLUE, *curve.T, RED)
     f, F_dot = jump(F, z, delta), fmd.duration_derivative(F, z, delta)
     u = blobs(f, 1 - delta)
-    v_G = u + fmd.prediction(F(z, delta), F_dot, blobs, z, delta)
-    arrows(left, f, v_G, u, "$v_G$", "$u(f, 1 - δ)$", (-14, 0), (-40, 0))
+    v = u + fmd.prediction(F(z, delta), F_dot, blobs, z, delta)
+    arrows(left, f, v, u, "$v$", "$u(f, 1 - δ)$", (-14, 0), (-40, 0))
     label(left, z, "$z$, noise: $t = 1$", (0, 14))
     label(left, f, "$f(z, δ)$", (-28, 0), RED)
     label(left, path[-1:], "teacher's sample, $t = 0$", (25, -16), BLUE)
     label(left, curve[-1:], "student's, $f(z, 1)$", (-54, -14), RED)
-    left.set_title("prediction: $Δ_G = v_G - u$ (black), after duration δ")
+    left.set_title("prediction: $Δ_p = v - u$ (black), after duration δ")
 
     n, r = torch.tensor([[1.6, 1.9]]), torch.tensor([0.4])
     x = samples[(samples - CENTRES[0]).norm(dim=1).argmin()][None]
     x_r = (1 - r) * x + r * n
     right.plot(*torch.cat([x, n]).T, color="#888888")
-    arrows(right, x_r, g(x_r, r), blobs(x_r, r), "$v_N$ of $g$", "$u(x_r, r)$", (38, 2), (32, -6))
+    arrows(right, x_r, g(x_r, r), blobs(x_r, r), "$g(x_r, r)$", "$u(x_r, r)$", (38, 2), (32, -6))
     label(right, x, "$x = f(z, 1)$", (-38, 0), RED)
     label(right, n, "$n$, fresh noise", (0, 14))
     label(right, x_r, "$x_r$", (-16, 0))
-    right.set_title("correction: $Δ_N = v_N - u$ (black), at a noised sample")
+    right.set_title("correction: $Δ_c = g - u$ (black), at a noised sample")
     picture.savefig(args.pictures / "objectives.png")
 
 
