@@ -145,7 +145,7 @@ def test_velocities_of_another_shape_are_refused(shape):
     calls = [partial(fmd.flow_map, bad, z, t), partial(fmd.rollout, wrong, z, 2),
              partial(fmd.prediction, bad, good, ok, z, t), partial(fmd.prediction, good, good, wrong, z, t),
              partial(fmd.correction, bad, ok, ok, z, z, t),
-             partial(fmd.correction, good, wrong, ok, z, z, t), partial(fmd.correction, good, ok, wrong, z, z, t)]
+             *(partial(fmd.correction, good, u, g, z, z, t) for u, g in ((wrong, ok), (ok, wrong)))]
     for call in calls:
         with pytest.raises(ValueError, match=rf"shape \{re.escape(str(shape))[1:]} at x of shape"):
             call()
@@ -202,15 +202,6 @@ def test_the_gradient_by_hand():
         assert torch.allclose(grad, torch.tensor(want) / 6)
         assert fmd.student_loss(F[:2], p, F[:0], c[:0], k, alpha=0.5)[1] == 0.5
         assert fmd.student_loss(F[:0], p[:0], F[:1], c, k, alpha=0.5)[1] == 0.5
-
-def test_weights_have_the_force_that_the_docstring_says():
-    """k = 1: a row of prediction pulls with 1 / |Δ|; correction's rows keep the ratio of their sizes."""
-    p, c = (torch.tensor([[0.1], [1.0], [10.0]]).expand(3, 50).clone() for _ in range(2))
-    F_p, F_c = torch.zeros(2, 3, 50, requires_grad=True).unbind(0)
-    loss, _ = fmd.student_loss(F_p, p, F_c, c)
-    force_p, force_c = (grad.norm(dim=1) for grad in torch.autograd.grad(loss, (F_p, F_c)))
-    assert (force_p / force_p[2]).tolist() == pytest.approx([100 / 1.1, 10, 1], rel=2e-3)
-    assert (force_c / force_c[2]).tolist() == pytest.approx([0.01, 0.1, 1], rel=1e-4)
 
 def test_training_from_the_prior_alone_reaches_the_closed_form_flow_map():
     torch.manual_seed(0)
@@ -430,11 +421,12 @@ def test_hostile_and_damaged_files_are_refused(tmp_path, monkeypatch):
             "no-null": "no null class", "cut": "it ends early", "flipped": "a checksum is wrong",
             "empty": "should end in x_embedder.proj.weight, 0 do", "odd": "edm is neither sit nor repa"}
     for name in (*files.keys() - {"whole"}, "cut", "flipped", "pickle", "page", "nowhere"):
-        with pytest.raises(sit.FileError, match=rf"\A{name}.pt: .*{true.get(name, '')}.*\Z"):     # in one line
+        with pytest.raises(sit.FileError, match=rf"\A{name}.pt: .*{true.get(name, '')}.*\Z"):  # in one line
             sit.load(f"{name}.pt")
     assert not Path("exploded").exists()
-    for flags in ({"path_type": "Linear", "prediction": "velocity"}, {"path_type": "linear", "prediction": "v"}):
-        torch.save({"ema": good, "config": config, "args": flags}, "fine.pt")       # as SiT's and REPA's say it
+    for path, output in (("Linear", "velocity"), ("linear", "v")):      # as SiT's and REPA's files say it
+        flags = {"path_type": path, "prediction": output}
+        torch.save({"ema": good, "config": config, "args": flags}, "fine.pt")
         assert sit.load("fine.pt")[0].config["depth"] == 2
 
 def test_a_file_may_be_overwritten_while_it_is_in_use(tmp_path):
@@ -1253,11 +1245,13 @@ def test_a_teacher_without_a_picture_trains_and_is_saved(work, capsys):
 
 def test_training_in_a_notebook(work):
     """Under another stdout, without a handler or a stream left behind."""
-    before = sys.stdout, sys.stderr, signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    def host():
+        return sys.stdout, sys.stderr, [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    before = host()
     with contextlib.redirect_stdout(io.StringIO()) as out:
         run(*SMALL, "--steps", 1)
         assert sys.stdout is out and "endpoint_error" in out.getvalue()
-    assert before == (sys.stdout, sys.stderr, signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+    assert before == host()
     assert not torch.distributed.is_initialized()
 
 def test_sampling_commands(work):
@@ -1279,21 +1273,6 @@ def test_sampling_commands(work):
     assert np.abs(images[0][:3].astype(int) - images[2]).max() <= 1
     assert np.abs(images[4].astype(int) - images[2]).max() <= 1
     assert not np.array_equal(images[2], images[3])
-
-@pytest.mark.parametrize("count", [1, 6, 7])
-def test_sampling_computes_what_was_asked_for(work, monkeypatch, count):
-    save_net("student.pt", tiny(shape=(1, 8, 8), classes=10, **STUDENT))
-    monkeypatch.setattr(fmd, "CHUNK", 4)
-    rows, real = [], fmd.one_step
-    monkeypatch.setattr(fmd, "one_step", lambda net, z, *a: rows.append(len(z)) or real(net, z, *a))
-    run(*FROM_TEACHER, "--ckpt", "student.pt", "--sample", count)
-    assert sum(rows) == count and max(rows) <= 4
-    rows.clear()                                        # a folder that cannot be written is found first
-    unwritable = "--ckpt student.pt --sample 9 --out /proc/self/x".split()
-    with pytest.raises(SystemExit, match="fmd.py: .*No such file"):
-        fmd.main([*FROM_TEACHER, *unwritable])
-    assert not rows
-    assert len(np.load("out/28/samples.npz")["arr_0"]) == count
 
 @pytest.mark.parametrize("solver", ["euler", "heun"])
 def test_rollout_command_is_the_rollout(work, solver):
@@ -1433,12 +1412,13 @@ def test_gradient_of_two_processes_is_the_mean_of_their_shares(work, monkeypatch
 
 def test_several_processes_train_as_well_as_one(work):
     """Other draws, equally many rows: an equal endpoint error. And one process carries on what two began."""
-    args = [*SMALL, "--steps", 60, "--batch", 32, "--lr", "3e-3", "--log-every", 60, "--eval-samples", 64, "--out"]
+    args = [*SMALL, *"--steps 60 --batch 32 --lr 3e-3 --log-every 60 --eval-samples 64 --out".split()]
     run(*args, "one")
     errors = {1: logged("one", "endpoint_error")[-1]}
     for world in (2, 4):
         done = start(world, *args, world)
-        assert done.stdout.count("next: python") == 1 and "deprecated" not in done.stderr   # one process speaks
+        assert done.stdout.count("next: python") == 1   # one process speaks
+        assert "deprecated" not in done.stderr          # torch.jit's, of the first JVP
         errors[world] = logged(f"{world}", "endpoint_error")[-1]
         for term in ("online", "student_norm"):         # means over the processes, not sums
             assert logged(f"{world}", term)[0] == pytest.approx(logged("one", term)[0], rel=0.4)
@@ -1447,7 +1427,8 @@ def test_several_processes_train_as_well_as_one(work):
     phi = fmd.many_steps(net, z, y, 1.5, 10)
     untrained = z + net(z, torch.ones(64), y)
     before = fmd.endpoint_error(untrained, phi).mean().item()
-    assert max(errors.values()) < 1.5 * min(errors.values()) and max(errors.values()) < before / 4, (errors, before)
+    worst, best = max(errors.values()), min(errors.values())
+    assert worst < 1.5 * best and worst < before / 4, (errors, before)
     run(*args, "2", "--steps", 64)
     assert logged("2")[-1] == 64
 
@@ -1466,7 +1447,7 @@ def die_at(instant):
 def test_killed_at_any_instant_and_rerun_equals_uninterrupted(work):
     args = [*SMALL, "--steps", 5, "--save-every", 2, "--out"]
     start(0, "die_at(0)", *args, "whole", script=__file__)
-    # while the first ckpt.pt is not yet whole; in step 3; likewise in step 5 -> the last step that is not lost
+    # while the first ckpt.pt is not yet whole; in step 3; as the first, in step 5 -> the step that is kept
     for instant, step in ((8, 0), (13, 2), (31, 4)):
         start(0, f"die_at({instant})", *args, instant, script=__file__, code=-signal.SIGKILL)
         kept = torch.load(f"{instant}/ckpt.pt", weights_only=True)["step"] if step else 0
@@ -1564,8 +1545,8 @@ def test_imagenet_in_miniature(work, monkeypatch, extra):
     monkeypatch.setattr(fmd, "CHUNK", 4)
     save_net("xl.pt", tiny(shape=(4, 32, 32), patch=8, classes=1000, learn_sigma=True))
     torch.save(small_decoder((32,) * 4).state_dict(), "vae.pt")
-    big = "--res 256 --teacher xl.pt --vae vae.pt --device cpu --no-compile --eval-samples 2 --out big".split()
-    run(*big, "--steps", 2, "--batch", 8, "--log-every", 1, *extra)
+    big = "--res 256 --teacher xl.pt --vae vae.pt --device cpu --eval-samples 2 --out big".split()
+    run(*big, "--steps", 2, "--batch", 8, "--log-every", 1, "--no-compile", *extra)
     assert len(logged("big")) == 2 and Image.open("big/pairs.png").size[1] > 256
     run(*big, "--sample", 6)
     many = np.load("big/samples.npz")
@@ -1601,7 +1582,8 @@ def fake_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *a, **k: True)
     def train(flags):
-        s = fmd.parse(f"--res 256 --steps 9 --batch 8 --log-every 1 --no-compile --device cpu {flags}".split())
+        flags = f"--res 256 --steps 9 --batch 8 --log-every 1 --no-compile --device cpu {flags}"
+        s = fmd.parse(flags.split())
         with FAKE, torch.device("cuda"), pytest.raises(StopIteration):
             fmd.train(s)
         return nets[:2]
@@ -1611,11 +1593,6 @@ def fake_cuda(monkeypatch):
 def test_a_step_on_cuda_does_not_wait_for_the_host(work, fake_cuda, args):
     """A tensor left on the CPU, a clash of types, a copy from the host or an .item() raises."""
     assert [net.checkpointing for net in fake_cuda(args)] == ["--checkpointing" in args] * 2
-
-def test_a_step_on_cuda_that_waits_is_found(work, fake_cuda, monkeypatch):
-    monkeypatch.setattr(fmd, "mean_square", lambda x: x.square().mean() * x.sum().item())
-    with pytest.raises(Exception, match="local_scalar_dense"):
-        fake_cuda("--bf16")
 
 def test_sampling_on_cuda_does_not_wait_for_the_host(fake_cuda):
     with FAKE, torch.device("cuda"):
