@@ -425,7 +425,7 @@ def from_state_dict(state, heads=None, convention="sit"):
     if not heads:
         raise ValueError(f"no named size has depth {depth} and width {width}, so the number of heads is "
                          'unknown: put {"config": {"heads": N}} into the file, or call sit.load(heads=N)')
-    if width % heads or classes < 1:
+    if heads < 1 or width % heads or classes < 1:
         raise ValueError(f"{heads} heads and {classes} classes at width {width}")
     with torch.device("meta"):
         net = SiT((channels, side, side), depth, width, heads, patch, classes, learn_sigma,

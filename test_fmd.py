@@ -404,7 +404,8 @@ def test_hostile_and_damaged_files_are_refused(tmp_path, monkeypatch):
               "odd": {"ema": good, "config": {"heads": 4, "convention": "edm"}},
               "no-null": {"ema": good, "config": config, "args": argparse.Namespace(num_classes=6)},
               "no-null-2": {"ema": good, "config": config, "args": {"num_classes": 6}},
-              "size": {"ema": good}, "gvp": {"ema": good, "config": config, "args": {"path_type": "GVP"}},
+              "size": {"ema": good}, "minus": {"ema": good, "config": {"heads": -4}},
+              "gvp": {"ema": good, "config": config, "args": {"path_type": "GVP"}},
               "score": {"ema": good, "config": config, "args": argparse.Namespace(prediction="score")}}
     for name, file in files.items():
         torch.save(file, f"{name}.pt")
