@@ -18,8 +18,8 @@ A step of training, in formulas:
   x_r = (1 - r) x + r n,  n ~ N(0, I)     the sample under fresh noise, of a random level r
   Δ_c = g(x_r, r) - u(x_r, r)             correction: the velocity of such x_r minus the teacher's
 
-  F moves against w Δ_p and λ Δ_c         w weights each sample of prediction, so that large Δ_p do
-                                          not drown small ones; λ gives Δ_c the mean size of Δ_p
+  F moves against w Δ_p and λ Δ_c         w lets small Δ_p pull harder than large ones; λ gives Δ_c
+                                          the mean size of Δ_p, before w
   g(x_r, r) moves towards x - n           so that it becomes E[x - n | x_r], the velocity of the
                                           student's noised samples
 
@@ -106,8 +106,8 @@ def rollout(u, z, steps, solver="heun"):
     """Integrate dx/dδ = u(x, 1 - δ) from z at δ = 0 to δ = 1 on a uniform grid -> like z (B, ...).
     u(x, t) takes x (B, ...) and t (B,). Euler calls it once a step, Heun twice, but in the last
     step once: that step is Euler's, as in EDM (arXiv 2206.00364, Algorithm 1). Heun for flow
-    matching usually calls u at t = 0 as well. There x holds no noise to remove, and what a trained
-    u does with it leaves specks. Raises ValueError."""
+    matching usually calls u at t = 0 as well. There x holds no noise to remove, and a trained u
+    leaves specks on it. Raises ValueError."""
     if solver not in ("euler", "heun"):
         raise ValueError(f"solver {solver}: must be euler or heun")
     x = z
@@ -149,7 +149,8 @@ def duration_derivative(F, z, delta):
 def prediction(F_value, F_dot, u, z, delta):
     """Prediction (paper, Eq. 7 to 9) -> its residual, like z; the paper's Δ_G:
         Δ_p = v - u(f(z, δ), 1 - δ),  with v = ∂f/∂δ = F + δ ∂F/∂δ.
-    If Δ_p is 0 at all δ, then f(z, 0) = z and ∂f/∂δ = u(f, 1 - δ): f is the teacher's path from z.
+    A path starts at f(z, 0) = z. If Δ_p is 0 at all δ, it also has ∂f/∂δ = u(f, 1 - δ): it is the
+    teacher's path.
     u is taken at the *student's* state, so neither the teacher's path nor data are needed.
     F_value = F(z, δ), F_dot = ∂F/∂δ, z (B, ...); delta (B,); u(x, t). Raises ValueError.
     If you copy this: u has t = 1 at noise and points to data. With a wrong clock or sign the
@@ -160,7 +161,7 @@ def prediction(F_value, F_dot, u, z, delta):
 
 
 def correction(F_value, u, g, z, n, r):
-    """Correction (paper, Eq. 10 and 11) -> its residual, like z, the paper's Δ_N; the loss of g.
+    """Correction (paper, Eq. 10 and 11) -> its residual, like z (the paper's Δ_N), and the loss of g.
         x = f(z, 1)                        a sample of the student
         x_r = (1 - r) x + r n              the sample under noise
         Δ_c = E[x - n | x_r] - u(x_r, r)   velocity of the student's noised samples minus teacher's
@@ -195,10 +196,10 @@ def student_loss(F_p, residual_p, F_c, residual_c, k=1.0, alpha=1.0, eps=1e-3):
         λ = α mean|Δ_p| / (mean|Δ_c| + ε)            one for each process
     |Δ| is the root mean square of a row's numbers. MeanFlow (arXiv 2505.13447) writes the loss as
     sg(w) |F - sg(F - Δ)|², where sg stops the gradient: the same gradient, up to a constant.
-    w is for prediction alone. With the paper's k = 1 a row pulls with |w Δ_p|, about 1 / |Δ_p|.
-    Correction has no w: its rows keep the weights of their noise levels, and pull with |λ Δ_c|,
-    on average α mean|Δ_p|. So prediction pulls harder, most of all where |Δ_p| is small. And
-    correction fades as prediction converges.
+    w is for prediction alone. With the paper's k = 1 a row pulls with |Δ_p| / (|Δ_p|² + ε): the
+    smaller the residual, the harder, down to |Δ_p| = √ε. Correction has no w: its rows keep the
+    weights of their noise levels, and pull with λ |Δ_c|, on average α mean|Δ_p|. So it fades as
+    prediction converges.
     ε is [ours]. In w it bounds the pull of small residuals. In λ it keeps rounding small: at the
     first step g is the teacher, so Δ_c without guidance is rounding error alone.
     F_p, residual_p (P, ...); F_c, residual_c (C, ...). If P or C is 0, λ is α."""
@@ -263,8 +264,8 @@ def train(s):
         optimizer.param_groups[0]["lr"] = rate  # set anew, so a resumed run may change --lr
 
         # ---- Prediction. F_p has a gradient. ∂F/∂δ needs none: a pass of its own, by the bare
-        # student. The pass with gradient comes first: autocast keeps cast weights for the next one,
-        # and weights cast without gradient would cut the gradient.
+        # student. The pass with gradient comes first: autocast keeps its cast weights for the next
+        # one, and weights that were cast without gradient would pass none on.
         z_p, y_p, gamma_p = prior(rows_p, shape, classes, s.gamma, device)
         delta = torch.rand(rows_p, device=device)
         def F(z, delta): return average_velocity(student, z, delta, y_p, gamma_p)
@@ -357,7 +358,7 @@ SETTINGS = {
     "alpha": (float, 1.0, 1.0, 1.0, "strength of correction [P]"),
     "gamma": (float, [1.0, 2.0], [1.0, 2.0], [1.0, 2.0], "range of γ in training"),
     "interval": (share, [0.0, 1.0], [0.0, 1.0], [0.0, 1.0], "guided at these t (REPA: 0 0.7)"),
-    "cut": (share, 1.0, 0.7, 0.7, "correction's teacher is guided up to this r [P]"),
+    "cut": (share, 0.7, 0.7, 0.7, "correction's teacher is guided up to this r [P]"),
     "r_location": (float, 0.8, 0.8, 0.8, "mean of the logit of r [P]"),
     "r_scale": (float, 1.0, 1.0, 1.0, "standard deviation of the logit of r"),
     # Optimisation.
