@@ -161,7 +161,7 @@ def prediction(F_value, F_dot, u, z, delta):
 
 
 def correction(F_value, u, g, z, n, r):
-    """Correction (paper, Eq. 10 and 11) -> its residual, like z (the paper's Δ_N), and the loss of g.
+    """Correction (paper, Eq. 10 and 11) -> its residual, like z (the paper's Δ_N); the loss of g.
         x = f(z, 1)                        a sample of the student
         x_r = (1 - r) x + r n              the sample under noise
         Δ_c = E[x - n | x_r] - u(x_r, r)   velocity of the student's noised samples minus teacher's
