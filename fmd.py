@@ -401,7 +401,7 @@ def parse(argv=None):
     parser.add_argument("--res", type=int, default=28, choices=RES, help="28: pixels, else latents")
     parser.add_argument("--labels", type=int, nargs="+", help="of the samples, in turn (all)")
     for name, (kind, *values, meaning) in SETTINGS.items():
-        defaults = values if values[0] != values[1] else values[:1]
+        defaults = values[:1] if values[0] == values[1] == values[2] else values
         flag, text = f"--{name.replace('_', '-')}", f"{meaning} ({', '.join(map(str, defaults))})"
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)

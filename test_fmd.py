@@ -1183,6 +1183,7 @@ def test_main_job_writes_what_it_promises_and_samples_by_the_authors_rule(work, 
         fmd.parse(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "optimiser steps [P] (1100, 100000, 100000)" in text and "of the samples (1.5)" in text
+    assert "to save memory (False, False, True)" in text
     small, middle, large = (fmd.parse(["--res", res]) for res in ("28", "256", "512"))
     assert [s.steps for s in (small, middle, large)] == [1100, 100_000, 100_000]
     assert [s.checkpointing for s in (small, middle, large)] == [False, False, True]
