@@ -149,8 +149,7 @@ def duration_derivative(F, z, delta):
 def prediction(F_value, F_dot, u, z, delta):
     """Prediction (paper, Eq. 7 to 9) -> its residual, like z; the paper's Δ_G:
         Δ_p = v - u(f(z, δ), 1 - δ),  with v = ∂f/∂δ = F + δ ∂F/∂δ.
-    A path starts at f(z, 0) = z. If Δ_p is 0 at all δ, it also has ∂f/∂δ = u(f, 1 - δ): it is the
-    teacher's path.
+    f starts at z. If Δ_p is 0 at all δ, then ∂f/∂δ = u(f, 1 - δ): f is the teacher's path.
     u is taken at the *student's* state, so neither the teacher's path nor data are needed.
     F_value = F(z, δ), F_dot = ∂F/∂δ, z (B, ...); delta (B,); u(x, t). Raises ValueError.
     If you copy this: u has t = 1 at noise and points to data. With a wrong clock or sign the
@@ -198,8 +197,8 @@ def student_loss(F_p, residual_p, F_c, residual_c, k=1.0, alpha=1.0, eps=1e-3):
     sg(w) |F - sg(F - Δ)|², where sg stops the gradient: the same gradient, up to a constant.
     w is for prediction alone. With the paper's k = 1 a row pulls with |Δ_p| / (|Δ_p|² + ε): the
     smaller the residual, the harder, down to |Δ_p| = √ε. Correction has no w: its rows keep the
-    weights of their noise levels, and pull with λ |Δ_c|, on average α mean|Δ_p|. So it fades as
-    prediction converges.
+    weights of their noise levels, and pull with λ |Δ_c|, on average α mean|Δ_p|. So correction
+    fades as prediction converges.
     ε is [ours]. In w it bounds the pull of small residuals. In λ it keeps rounding small: at the
     first step g is the teacher, so Δ_c without guidance is rounding error alone.
     F_p, residual_p (P, ...); F_c, residual_c (C, ...). If P or C is 0, λ is α."""
