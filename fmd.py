@@ -3,8 +3,8 @@
 
 A pretrained flow model, the teacher, makes a sample by integrating its velocity u from noise to
 data, in tens to hundreds of network evaluations. A flow map, the student, jumps there in one. This
-file distils the first into the second without data: training starts from the prior, where all
-paths start, and otherwise uses what the student itself predicts.
+file distils the first into the second without data: training needs only noise, where all paths
+start, and what the student itself predicts.
 
 TIME: t = 1 IS NOISE, t = 0 IS DATA. VELOCITIES POINT FROM NOISE TO DATA.
 
@@ -20,8 +20,8 @@ A step of training, in formulas:
 
   F moves against w Δ_p and λ Δ_c         w lets small Δ_p pull harder than large ones; λ gives Δ_c
                                           the mean size of Δ_p, before w
-  g(x_r, r) moves towards x - n           so that it becomes E[x - n | x_r], the velocity of the
-                                          student's noised samples
+  g(x_r, r) moves towards x - n           g, a third network, becomes E[x - n | x_r], the velocity
+                                          of the student's noised samples
 
 Prediction makes the student's path follow the teacher's, but small errors add up along the path.
 Correction compares where paths end, as a distribution. F, u and g also take a class label y and a
@@ -168,9 +168,9 @@ def correction(F_value, u, g, z, n, r):
     Why it works, with the score the gradient of the log density of noised samples:
         x - n = (x_r - n) / (1 - r)  and  E[n | x_r] = -r score(x_r), so
         Δ_c = r / (1 - r) (student's score - teacher's score) at x_r.
-    The mean over n of (1 - r) (student's score - teacher's score) is the gradient in x of
-    KL(student, teacher) under noise r, as in DMD (arXiv 2311.18828). Both factors depend on r
-    alone: they weight the noise levels. And x = z + F(z, 1), so a step of F against Δ_c moves x
+    The mean over n of (1 - r) (student's score - teacher's score) is the gradient, with respect to
+    x, of KL(student, teacher) under noise r, as in DMD (arXiv 2311.18828). Both factors depend on
+    r alone: they weight the noise levels. And x = z + F(z, 1), so a step of F against Δ_c moves x
     against it. (A guided u is not exactly the velocity of a distribution.)
     F_value = F(z, 1), z, n (B, ...); r (B,); u(x, t), g(x, t). Raises ValueError.
     If you copy this: g starts from the teacher's weights, and this loss alone trains it."""
@@ -197,10 +197,10 @@ def student_loss(F_p, residual_p, F_c, residual_c, k=1.0, alpha=1.0, eps=1e-3):
     sg(w) |F - sg(F - Δ)|², where sg stops the gradient: the same gradient, up to a constant.
     w is for prediction alone. With the paper's k = 1 a row pulls with |Δ_p| / (|Δ_p|² + ε): the
     smaller the residual, the harder, down to |Δ_p| = √ε. Correction has no w: its rows keep the
-    weights of their noise levels, and pull with λ |Δ_c|, on average α mean|Δ_p|. So correction
-    fades as prediction converges.
-    ε is [ours]. In w it bounds the pull of small residuals. In λ it keeps rounding small: at the
-    first step g is the teacher, so Δ_c without guidance is rounding error alone.
+    weights of their noise levels, and pull with λ |Δ_c|, on average α mean|Δ_p|. That is about
+    α |Δ_p|² times a row of prediction, so correction fades as prediction converges.
+    ε is [ours]. In w it bounds the pull of small residuals. In λ it bounds the pull of rounding: at
+    the first step g is the teacher, so Δ_c without guidance is rounding error alone.
     F_p, residual_p (P, ...); F_c, residual_c (C, ...). If P or C is 0, λ is α."""
     residual_p, residual_c = residual_p.detach(), residual_c.detach()
     size_p = residual_p.flatten(1).square().mean(1)  # |Δ_p|², (P,)
@@ -351,7 +351,7 @@ RES = 28, 256, 512  # 28: pixels of any size; else latents of images of this sid
 
 # flag: kind, value at --res 28, 256, 512, meaning. [P]: the value at 256 and 512 is the paper's.
 SETTINGS = {
-    # Method. A run is resumed only with the same values (METHOD).
+    # Method. A run is resumed only with the same values and teacher (METHOD).
     "correction": (share, 0.25, 0.25, 0.25, "correction's share of the batch [P]"),
     "k": (float, 1.0, 1.0, 1.0, "exponent of w, the weights of prediction [P]"),
     "alpha": (float, 1.0, 1.0, 1.0, "strength of correction [P]"),
@@ -363,7 +363,7 @@ SETTINGS = {
     # Optimisation.
     "steps": (count, 1100, 100_000, 100_000, "optimiser steps [P]"),
     "batch": (count, 32, 256, 256, "rows a step, of all processes [P]"),
-    "lr": (float, 1e-3, 1e-4, 1e-4, "peak rate of student and g"),
+    "lr": (share, 1e-3, 1e-4, 1e-4, "peak rate of student and g"),
     "warmup": (natural, 20, 1000, 1000, "steps up to the peak"),
     "decay_from": (share, 0.3, 1.0, 1.0, "share of the steps before the fall to 0; 1: no fall"),
     "ema": (share, 0.99, 0.9999, 0.9999, "decay of the student's average"),
@@ -389,7 +389,7 @@ SETTINGS = {
     "solver": (("heun", "euler"), "heun", "heun", "heun", "of the rollout"),
     "rollout_steps": (count, 32, 32, 32, "steps of the rollout"),
 }
-METHOD = "correction k alpha gamma interval cut r_location r_scale convention".split()
+METHOD = "teacher convention correction k alpha gamma interval cut r_location r_scale".split()
 
 
 def parse(argv=None):

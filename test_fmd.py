@@ -1300,6 +1300,7 @@ BAD = [
     ("--steps -3", "argument --steps: -3 is less than 1"),
     ("--correction nan", "--correction: nan is not from 0 to 1"),
     ("--interval 0.5 2", "--interval: 2 is not from 0 to 1"),
+    ("--lr -1", "--lr: -1 is not from 0 to 1"),
     ("--seed 1.5", "argument --seed: invalid natural value"),
     ("--warmup -1", "argument --warmup: -1 is less than 0"),
     ("--lable 1", "unrecognized arguments: --lable"),
@@ -1492,9 +1493,11 @@ def test_what_a_run_refuses_leaves_the_last_checkpoint(work, capsys, monkeypatch
     args = [*SMALL, "--save-every", 1, "--out", "o", "--steps"]
     run(*args, 2)
     run(*args, 2)                                       # a finished run, typed again
+    save_net("b.pt", tiny(shape=(1, 8, 8), classes=10))
     no = partial(refused, capsys, fmd.main)
     for changed, was in (("--k 2", "k was 1.0"), ("--gamma 1 3", r"gamma was \[1.0, 2.0\]"),
-                         ("--r-location 0", "r_location was 0.8")):
+                         ("--r-location 0", "r_location was 0.8"),
+                         ("--teacher b.pt", "teacher was teacher.pt")):
         no([*args, 3, *changed.split()], f"o/ckpt.pt: {was}; give that, or another --out")
     os.replace("o/ckpt.pt", "kept.pt")
     os.link("o/student.pt", "o/ckpt.pt")                # another file under this name
