@@ -20,7 +20,7 @@ A step of training, in formulas:
 
   F moves against w Δ_p and λ Δ_c         w lets small Δ_p pull harder than large ones; λ gives Δ_c
                                           the mean size of Δ_p, before w
-  g(x_r, r) moves towards x - n           g, a third network, becomes E[x - n | x_r], the velocity
+  g(x_r, r) moves towards x - n           g, a third network, learns E[x - n | x_r], the velocity
                                           of the student's noised samples
 
 Prediction makes the student's path follow the teacher's, but small errors add up along the path.
