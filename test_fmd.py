@@ -1316,6 +1316,8 @@ BAD = [
     ("--sample 1 --ckpt cut.pt", "cut.pt: not a checkpoint"),
     ("--sample 1 --ckpt ~/student.pt", "/home/nobody/student.pt: no such file"),
     ("--sample 1 --out typo", "typo/student.pt: no such file"),
+    ("--sample 1 --out=~/run", "fmd.py: /home/nobody/run/student.pt: no such file"),
+    ("--teacher ~/t.pt", "fmd.py: /home/nobody/t.pt: no such file"),
     ("--rollout 1 --labels 10", "--labels .10.: give some of 0 to 9"),
     ("--rollout 1 --labels 3 -1", "--labels"),
     ("--res 256 --sample 1", "out/256/student.pt: no such file"),
@@ -1335,22 +1337,12 @@ def test_bad_input_gets_one_line(work, monkeypatch, capsys, args, message):
     damage("teacher.pt")
     refused(capsys, fmd.main, ["--teacher", "teacher.pt", *args.split()], message)
 
-def test_home_is_expanded(work, monkeypatch):
-    monkeypatch.setenv("HOME", str(work / "home"))
-    (work / "home").mkdir()
-    os.replace("teacher.pt", "home/t.pt")
-    run(*SMALL, "--steps", 1, "--teacher", "~/t.pt", "--out=~/run")
-    assert sorted(os.listdir()) == ["home"] and Path("home/run/student.pt").exists()
-
-def python(script, *args, env):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
-    done = subprocess.run([sys.executable, HERE / script, *args], capture_output=True, env=env, timeout=300)
-    return done.returncode, done.stderr.decode()
-
 @pytest.mark.parametrize("script", ["fmd.py", "fid.py"])
 def test_help_in_a_terminal_without_unicode(script):
-    env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    assert python(script, "--help", env=env) == (0, "")
+    env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([sys.executable, HERE / script, "--help"], capture_output=True, env=env, timeout=300)
+    assert (done.returncode, done.stderr) == (0, b"")
+
 def test_a_batch_that_the_processes_cannot_share(work, monkeypatch, capsys):
     monkeypatch.setattr(fmd, "WORLD", 3)
     args = [*SMALL, "--batch", "24"]            # 18 + 6 rows
