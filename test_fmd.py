@@ -1340,7 +1340,7 @@ def test_bad_input_gets_one_line(work, monkeypatch, capsys, args, message):
 @pytest.mark.parametrize("script", ["fmd.py", "fid.py"])
 def test_help_in_a_terminal_without_unicode(script):
     env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    done = subprocess.run([sys.executable, HERE / script, "--help"], capture_output=True, env=env, timeout=300)
+    done = subprocess.run([sys.executable, HERE / script, "--help"], capture_output=True, env=env)
     assert (done.returncode, done.stderr) == (0, b"")
 
 def test_a_batch_that_the_processes_cannot_share(work, monkeypatch, capsys):
