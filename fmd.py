@@ -16,12 +16,12 @@ A step of training, in formulas:
 
   x = z + F(z, 1)                         a sample of the student, from another z
   x_r = (1 - r) x + r n,  n ~ N(0, I)     the sample under fresh noise, of a random level r
-  Δ_c = g(x_r, r) - u(x_r, r)             correction: the velocity of such x_r minus the teacher's
+  Δ_c = g(x_r, r) - u(x_r, r)             correction: velocity of the student's noised samples,
+                                          learned by g, minus the teacher's
 
-  F moves against w Δ_p and λ Δ_c         w lets small Δ_p pull harder than large ones; λ gives Δ_c
-                                          the mean size of Δ_p, before w
-  g(x_r, r) moves towards x - n           g, a third network, learns E[x - n | x_r], the velocity
-                                          of the student's noised samples
+  F moves against w Δ_p and λ Δ_c         w = 1 / |Δ_p|², so small Δ_p pull harder than large ones;
+                                          λ = mean|Δ_p| / mean|Δ_c| (student_loss adds ε, k and α)
+  g(x_r, r) moves towards x - n           so g, a third network, learns E[x - n | x_r]
 
 Prediction makes the student's path follow the teacher's, but small errors add up along the path.
 Correction compares where paths end, as a distribution. F, u and g also take a class label y and a
@@ -104,10 +104,9 @@ def guided(net, x, t, y, gamma, null, interval=(0.0, 1.0)):
 @torch.no_grad()
 def rollout(u, z, steps, solver="heun"):
     """Integrate dx/dδ = u(x, 1 - δ) from z at δ = 0 to δ = 1 on a uniform grid -> like z (B, ...).
-    u(x, t) takes x (B, ...) and t (B,). Euler calls it once a step, Heun twice, but in the last
-    step once: that step is Euler's, as in EDM (arXiv 2206.00364, Algorithm 1). Heun for flow
-    matching usually calls u at t = 0 as well. There x holds no noise to remove, and a trained u
-    leaves specks on it. Raises ValueError."""
+    u(x, t) takes x (B, ...) and t (B,). Euler calls it once a step, Heun twice. Heun's last step is
+    Euler's, as in EDM (arXiv 2206.00364, Algorithm 1), but not as usual in flow matching: at t = 0
+    x holds no noise to remove, and a trained u leaves specks on it. Raises ValueError."""
     if solver not in ("euler", "heun"):
         raise ValueError(f"solver {solver}: must be euler or heun")
     x = z
@@ -199,8 +198,8 @@ def student_loss(F_p, residual_p, F_c, residual_c, k=1.0, alpha=1.0, eps=1e-3):
     smaller the residual, the harder, down to |Δ_p| = √ε. Correction has no w: its rows keep the
     weights of their noise levels, and pull with λ |Δ_c|, on average α mean|Δ_p|. That is about
     α |Δ_p|² times a row of prediction, so correction fades as prediction converges.
-    ε is [ours]. In w it bounds the pull of small residuals. In λ it bounds the pull of rounding: at
-    the first step g is the teacher, so Δ_c without guidance is rounding error alone.
+    ε is [ours]. In w it bounds the pull of small residuals. In λ it keeps rounding small: at the
+    first step g is the teacher, so Δ_c without guidance is rounding error alone.
     F_p, residual_p (P, ...); F_c, residual_c (C, ...). If P or C is 0, λ is α."""
     residual_p, residual_c = residual_p.detach(), residual_c.detach()
     size_p = residual_p.flatten(1).square().mean(1)  # |Δ_p|², (P,)
@@ -238,15 +237,13 @@ def train(s):
     s.out.mkdir(parents=True, exist_ok=True)
     first = resume(s.out / "ckpt.pt", parts, s)
 
-    # ---- Evaluation: the teacher's samples φ of fixed noises, by 16 Heun steps, at the middle of
-    # γ's range.
+    # ---- Evaluation: φ, the teacher's samples of fixed noises, by 16 Heun steps, at a middle γ.
     gamma_eval = sum(s.gamma) / 2
     z_eval = noises(s.seed, range(s.eval_samples), shape).to(device)
     y_eval = torch.arange(s.eval_samples, device=device) % classes
     phi = many_steps(teacher, z_eval, y_eval, gamma_eval, null, interval=s.interval)
 
-    # ---- How the networks run. DDP averages the gradients of the processes. With --bf16 networks
-    # compute in bfloat16 and return float32.
+    # ---- How the networks run. With --bf16 they compute in bfloat16 and return float32.
     student.checkpointing = online.checkpointing = s.checkpointing  # of activations
     derivative = duration_derivative
     if s.compile:  # block by block: DDP and checkpointing stay outside of the graphs
@@ -264,8 +261,8 @@ def train(s):
         optimizer.param_groups[0]["lr"] = rate  # set anew, so a resumed run may change --lr
 
         # ---- Prediction. F_p has a gradient. ∂F/∂δ needs none: a pass of its own, by the bare
-        # student. The pass with gradient comes first: autocast keeps its cast weights for the next
-        # one, and weights that were cast without gradient would pass none on.
+        # student. It comes second: autocast casts each weight once for both passes, and weights cast
+        # without gradient would get none from F_p.
         z_p, y_p, gamma_p = prior(rows_p, shape, classes, s.gamma, device)
         delta = torch.rand(rows_p, device=device)
         def F(z, delta): return average_velocity(student, z, delta, y_p, gamma_p)
@@ -280,7 +277,8 @@ def train(s):
         z_c, y_c, gamma_c = prior(rows_c, shape, classes, s.gamma, device)
         n, logit = torch.randn_like(z_c), torch.randn(rows_c, device=device)
         r = torch.sigmoid(s.r_location + s.r_scale * logit)  # LogitNormal, mostly high noise
-        def u_c(x, t): return guided(teacher, x, t, y_c, gamma_c, null, (0.0, s.cut))
+        low, high = s.interval[0], min(s.interval[1], s.cut)
+        def u_c(x, t): return guided(teacher, x, t, y_c, gamma_c, null, (low, high))
         def g(x, t): return ddp_online(x, t, y_c, gamma=gamma_c)
         with autocast:
             F_c = average_velocity(ddp_student, z_c, torch.ones_like(r), y_c, gamma_c)
@@ -293,8 +291,8 @@ def train(s):
         online_norm = clip_grad_norm_(online.parameters(), 1)
         optimizer.step()
         optimizer.zero_grad()
-        # The average spans the last ninth of the steps so far, until that is 1 / (1 - ema) steps:
-        # with 0.9999 after 90,000 steps.
+        # The average spans the last ninth of the steps so far, at most 1 / (1 - ema) of them: with
+        # 0.9999, from step 90,000 on.
         decay = min(s.ema, (1 + step) / (10 + step))
         for average, weight in zip(ema.parameters(), student.parameters()):
             average.lerp_(weight.detach(), 1 - decay)
@@ -347,7 +345,7 @@ def share(text):
 
 path = os.path.expanduser  # --out=~/run: the shell leaves it as it is
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-RES = 28, 256, 512  # 28: pixels of any size; else latents of images of this side
+RES = 28, 256, 512  # 28: pixels, of any size; else latents of images of this side
 
 # flag: kind, value at --res 28, 256, 512, meaning. [P]: the value at 256 and 512 is the paper's.
 SETTINGS = {
@@ -419,6 +417,9 @@ def parse(argv=None):
     if (s.rows_p % WORLD or s.rows_c % WORLD) and not (s.sample or s.rollout):
         parser.error(f"--batch {s.batch}: {WORLD} processes cannot share {s.rows_p} rows of "
                      f"prediction and {s.rows_c} of correction; give multiples of {WORLD}")
+    for name, (low, high) in (("gamma", s.gamma), ("interval", s.interval)):
+        if low > high:
+            parser.error(f"--{name} {low} {high}: give the lower one first")
     if s.device == "cuda" and LOCAL_RANK >= torch.cuda.device_count():
         parser.error(f"--device cuda: no GPU {LOCAL_RANK} here; use cpu")
     for name in () if s.sample or s.rollout else ("student.pt", "ckpt.pt"):

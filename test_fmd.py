@@ -1228,13 +1228,14 @@ def test_settings_reach_the_method(work, monkeypatch):
         monkeypatch.setattr(fmd, name, call)
     for name in ("prior", "correction", "guided", "student_loss"):
         spy(name)
-    run(*SMALL, *"--steps 1 --batch 4000 --gamma 1.2 1.4 --interval 0.1 0.9 --cut 0.6 --r-location 2".split(),
-        *"--r-scale 1.5 --k 0.5 --alpha 2 --correction 0.5".split())
-    assert [(a[0], a[3]) for a in seen["prior"]] == [(2000, [1.2, 1.4])] * 2
+    args = "--gamma 1.2 1.4 --cut 0.6 --r-location 2 --r-scale 1.5 --k 0.5 --alpha 2 --correction 0.5".split()
+    for high in (0.9, 0.5):                             # correction is guided up to the lower of high and cut
+        run(*SMALL, *args, "--steps", 1, "--batch", 4000, "--interval", 0.1, high, "--out", high)
+        assert [a[6] for a in seen["guided"][-2:]] == [[0.1, high], (0.1, min(high, 0.6))]
+    assert [(a[0], a[3]) for a in seen["prior"]] == [(2000, [1.2, 1.4])] * 4
     logit = torch.logit(seen["correction"][0][5].double())
     assert abs(logit.mean() - 2) < 0.15 and abs(logit.std() - 1.5) < 0.15
     assert seen["student_loss"][0][4:] == (0.5, 2.0)
-    assert [a[6] for a in seen["guided"][-2:]] == [[0.1, 0.9], (0.0, 0.6)]
 
 def test_a_teacher_without_a_picture_trains_and_is_saved(work, capsys):
     save_net("pixels.pt", tiny(shape=(16, 8, 8), classes=10))
@@ -1299,6 +1300,8 @@ BAD = [
     ("--steps -3", "argument --steps: -3 is less than 1"),
     ("--correction nan", "--correction: nan is not from 0 to 1"),
     ("--interval 0.5 2", "--interval: 2 is not from 0 to 1"),
+    ("--interval 0.7 0", "--interval 0.7 0.0: give the lower one first"),
+    ("--gamma 2 1", "--gamma 2.0 1.0: give the lower one first"),
     ("--lr -1", "--lr: -1 is not from 0 to 1"),
     ("--seed 1.5", "argument --seed: invalid natural value"),
     ("--warmup -1", "argument --warmup: -1 is less than 0"),
