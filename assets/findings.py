@@ -46,6 +46,7 @@ TEACHER = sit.load(TEACHER_FILE)[0]
 
 # Name of a row, the paper's FID with a SiT-B/2, flags of fmd.py. The rest is the preset of 28.
 SETTINGS = [("prediction alone", "12.40", "--correction 0"),
+            ("prediction alone, on as many rows", "", "--correction 0 --batch 24"),
             ("prediction alone, k = 0", "11.91", "--correction 0 --k 0"),
             ("correction alone", "loses modes", "--correction 1"),
             ("both", "5.58", ""),
@@ -53,13 +54,15 @@ SETTINGS = [("prediction alone", "12.40", "--correction 0"),
             ("k = 0", "43.53", "--k 0"),
             ("α = 0.3", "robust", "--alpha 0.3"),
             ("α = 3", "robust", "--alpha 3"),
+            ("α = 10", "", "--alpha 10"),
             ("guided at all r", "8.65", "--cut 1"),
-            ("α = 5, guided at all r", "", "--alpha 5 --cut 1"),
             ("r about uniform", "6.02 (uniform)", "--r-location 0 --r-scale 1.8"),
             ("r seldom above 0.6", "91.8 (cut at 0.6)", "--r-location -1.2 --r-scale 0.5")]
 OBJECTIVES = [row for row in SETTINGS if row[0] in ("prediction alone", "correction alone", "both")]
-LENGTHS = [(f"{steps} steps", "", f"--steps {steps}") for steps in (1100, 5000, 16000)]
-LENGTHS += [("16000 steps, α = 5, cut 1", "", "--steps 16000 --alpha 5 --cut 1")]  # the bundled student
+LENGTHS = [(f"{name}, {steps} steps", "", f"--steps {steps} {flags}".strip()) for name, flags in
+           (("preset", ""), ("α = 5, guided at all r", "--alpha 5 --cut 1"),  # last: the bundled student
+            ("prediction alone", "--correction 0")) for steps in (1100, 5000, 16000)]
+LENGTHS += [("guided at all r, 16000 steps", "", "--steps 16000 --cut 1")]
 
 
 # ---- Digits and their classifier ----
