@@ -374,7 +374,7 @@ def distil(args, equation, source, seed, folder):
     steps = args.steps or 900
     torch.manual_seed(seed)
     net = fmd.start_from(TEACHER, delta=True, gamma=True)
-    optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.99), weight_decay=0)
+    optimizer = torch.optim.Adam(net.parameters(), betas=(0.9, 0.99))
     for step in tqdm(range(steps)):
         x, y, gamma = fmd.prior(32, SHAPE, NULL, (GAMMA, GAMMA))
         t = torch.ones(32)
