@@ -60,7 +60,7 @@ SETTINGS = [("prediction alone", "12.40", "--correction 0"),
             ("r seldom above 0.6", "91.8 (cut at 0.6)", "--r-location -1.2 --r-scale 0.5")]
 OBJECTIVES = [row for row in SETTINGS if row[0] in ("prediction alone", "correction alone", "both")]
 LENGTHS = [(f"{name}, {steps} steps", "", f"--steps {steps} {flags}".strip()) for name, flags in
-           (("preset", ""), ("α = 5, guided at all r", "--alpha 5 --cut 1"),  # last: the bundled student
+           (("preset", ""), ("α = 5, guided at all r", "--alpha 5 --cut 1"),  # of 16000: the bundled one
             ("prediction alone", "--correction 0")) for steps in (1100, 5000, 16000)]
 LENGTHS += [("guided at all r, 16000 steps", "", "--steps 16000 --cut 1")]
 
