@@ -4,7 +4,7 @@
 A pretrained flow model, the teacher, makes a sample by integrating its velocity u from noise to
 data, in tens to hundreds of network evaluations. A flow map, the student, jumps there in one. This
 file distils the first into the second without data: training needs only noise, where all paths
-start, and what the student itself predicts.
+start, and what the student itself predicts. So far it has run on CPUs with digits, not on a GPU.
 
 TIME: t = 1 IS NOISE, t = 0 IS DATA. VELOCITIES POINT FROM NOISE TO DATA.
 
@@ -19,13 +19,19 @@ A step of training, in formulas:
   Δ_c = g(x_r, r) - u(x_r, r)             correction: velocity of the student's noised samples,
                                           learned by g, minus the teacher's
 
-  F moves against w Δ_p and λ Δ_c         w = 1 / |Δ_p|², so small Δ_p pull harder than large ones;
-                                          λ = mean|Δ_p| / mean|Δ_c| (student_loss adds ε, k and α)
+  F moves against w Δ_p and λ Δ_c         w = 1 / (|Δ_p|² + ε)^k, a number for each sample;
+                                          λ = α mean|Δ_p| / (mean|Δ_c| + ε), one for all
   g(x_r, r) moves towards x - n           so g, a third network, learns E[x - n | x_r]
 
-Prediction makes the student's path follow the teacher's, but small errors add up along the path.
-Correction compares where paths end, as a distribution. F, u and g also take a class label y and a
-guidance strength γ: the student learns the guided velocity, and samples with one evaluation.
+|Δ| is the root mean square of one sample's numbers. Prediction makes the student's path follow the
+teacher's, but small errors add up along the path. Correction compares where paths end, as a
+distribution. With the paper's k = 1 a sample pulls F with w |Δ_p|, about 1 / |Δ_p|: the smaller its
+residual, the harder. The paper wants that, because prediction then yields to correction where it is
+least certain. λ makes |λ Δ_c| as large as α |Δ_p|, not as the pull w |Δ_p|. So correction weakens
+as prediction converges; the log has the ratio of the two pulls, `pull`.
+
+F, u and g also take a class label y and a guidance strength γ: the student learns the guided
+velocity, and samples with one evaluation.
 
 If you know MeanFlow: here the start z of a path is fixed. So ∂F/∂δ is a partial derivative, without
 a term (v·∇)F.
@@ -36,7 +42,8 @@ a term (v·∇)F.
   python fmd.py --sample 100 --guidance 1.5 --labels 7     one-step samples of the student
   python fmd.py --rollout 100 --solver heun                many-step samples of the teacher
 
-Sections 1 to 5 are the method. [ours] marks a choice that the paper does not make.
+Sections 1 to 5 are the method. [P] marks what is from the paper, [ours] a choice that it does not
+make.
 """
 
 import argparse
@@ -67,13 +74,13 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0) if WORLD > 1 else 0
 
 
 # ---- 1. The prior ----
-def prior(count, shape, classes, gamma_range=(1.0, 2.0), device="cpu"):
-    """Starts of paths -> z (count, *shape) ~ N(0, I); y (count,), labels below `classes`; gamma
-    (count,) ~ U(gamma_range), so that guidance is a knob when the student samples."""
+def prior(rows, shape, classes, gamma_range=(1.0, 2.0), device="cpu"):
+    """Starts of paths -> z (rows, *shape) ~ N(0, I); y (rows,), labels below `classes`; gamma
+    (rows,) ~ U(gamma_range), so that guidance is a knob when the student samples."""
     low, high = gamma_range
-    z = torch.randn(count, *shape, device=device)
-    y = torch.randint(classes, (count,), device=device)
-    gamma = low + (high - low) * torch.rand(count, device=device)
+    z = torch.randn(rows, *shape, device=device)
+    y = torch.randint(classes, (rows,), device=device)
+    gamma = low + (high - low) * torch.rand(rows, device=device)
     return z, y, gamma
 
 
@@ -83,8 +90,8 @@ def expand(t, x):
     return t.view(-1, *[1] * (x.ndim - 1))
 
 
-def like(v, x):
-    """A velocity v at x. Raises ValueError if its shape is not x's: broadcasting would hide it."""
+def same_shape(v, x):
+    """v, a velocity at x. Raises ValueError if its shape is not x's: broadcasting would hide it."""
     if v.shape != x.shape:
         raise ValueError(f"a velocity of shape {tuple(v.shape)} at x of shape {tuple(x.shape)}")
     return v
@@ -112,7 +119,7 @@ def rollout(u, z, steps, solver="heun"):
     x = z
     for i in range(steps):
         t, t_next = x.new_full((len(x),), 1 - i / steps), x.new_full((len(x),), 1 - (i + 1) / steps)
-        v = like(u(x, t), x)
+        v = same_shape(u(x, t), x)
         if solver == "heun" and i + 1 < steps:
             v = (v + u(x + v / steps, t_next)) / 2
         x = x + v / steps
@@ -129,7 +136,7 @@ def average_velocity(student, z, delta, y, gamma):
 def flow_map(F_value, z, delta):
     """f(z, δ) = z + δ F(z, δ), where the path is after δ; at δ = 1 a sample.
     F_value = F(z, δ), z (B, ...); delta (B,) -> like z."""
-    return z + expand(delta, z) * like(F_value, z)
+    return z + expand(delta, z) * same_shape(F_value, z)
 
 
 @torch.no_grad()
@@ -137,8 +144,11 @@ def duration_derivative(F, z, delta):
     """∂F/∂δ at fixed z, without gradient, for z (B, ...), delta (B,) -> like z. It is a
     Jacobian-vector product with tangent 1 on δ, in forward mode: no step size to choose.
     Fused attention has no forward derivative, so this call takes the plain kernel.
-    If you copy this: the network in F is the bare one, not DDP's wrapper. It has no dropout. Its
-    embedding of δ is smooth, not rounded to integers."""
+    If you copy this, the network in F
+    - is the bare one: DDP's wrapper would prepare a backward pass that never comes;
+    - has no dropout, of conditions neither, and no wrapper that checkpoints activations;
+    - has no custom kernel without a forward derivative;
+    - embeds δ smoothly, as it is. A clock that is rounded, or multiplied by 1,000, ruins ∂F/∂δ."""
     with sdpa_kernel(SDPBackend.MATH):
         return torch.func.jvp(lambda d: F(z, d), (delta,), (torch.ones_like(delta),))[1]
 
@@ -155,7 +165,7 @@ def prediction(F_value, F_dot, u, z, delta):
     residual still shrinks, and the samples are garbage."""
     x_delta = flow_map(F_value, z, delta)
     v = F_value + expand(delta, z) * F_dot
-    return v - like(u(x_delta, 1 - delta), z)
+    return v - same_shape(u(x_delta, 1 - delta), z)
 
 
 def correction(F_value, u, g, z, n, r):
@@ -175,9 +185,9 @@ def correction(F_value, u, g, z, n, r):
     If you copy this: g starts from the teacher's weights, and this loss alone trains it."""
     x = flow_map(F_value, z, torch.ones_like(r)).detach()  # g's loss moves g alone
     x_r = (1 - expand(r, x)) * x + expand(r, x) * n
-    v = like(g(x_r, r), x)
+    v = same_shape(g(x_r, r), x)
     with torch.no_grad():
-        residual = v - like(u(x_r, r), x)
+        residual = v - same_shape(u(x_r, r), x)
     return residual, mean_square(v - (x - n))
 
 
@@ -187,11 +197,12 @@ def mean_square(x):
 
 
 def student_loss(F_p, residual_p, F_c, residual_c, k=1.0, alpha=1.0, eps=1e-3):
-    """The student's loss -> loss, λ. It is made to have the gradient w Δ_p / M in F_p and λ Δ_c / M
-    in F_c, so that descent moves F against both residuals. Its value means nothing.
+    """The student's loss -> loss; λ; pull. The loss is made to have the gradient w Δ_p / M in F_p
+    and λ Δ_c / M in F_c, so that descent moves F against both residuals. Its value means nothing.
         loss = (Σ F_p · w Δ_p + λ Σ F_c · Δ_c) / M   Δ, w, λ constant; M numbers in all
         w = 1 / (|Δ_p|² + ε)^k                       one for each row (paper, Table 1)
         λ = α mean|Δ_p| / (mean|Δ_c| + ε)            one for each process
+        pull = λ mean|Δ_c| / mean(w |Δ_p|)           how strong correction's rows are, for the log
     |Δ| is the root mean square of a row's numbers. MeanFlow (arXiv 2505.13447) writes the loss as
     sg(w) |F - sg(F - Δ)|², where sg stops the gradient: the same gradient, up to a constant.
     w is for prediction alone. With the paper's k = 1 a row pulls with |Δ_p| / (|Δ_p|² + ε): the
@@ -200,25 +211,29 @@ def student_loss(F_p, residual_p, F_c, residual_c, k=1.0, alpha=1.0, eps=1e-3):
     α |Δ_p|² times a row of prediction, so correction fades as prediction converges.
     ε is [ours]. In w it bounds the pull of small residuals. In λ it keeps rounding small: at the
     first step g is the teacher, so Δ_c without guidance is rounding error alone.
-    F_p, residual_p (P, ...); F_c, residual_c (C, ...). If P or C is 0, λ is α."""
+    F_p, residual_p (P, ...); F_c, residual_c (C, ...). If P or C is 0, λ is α and pull is 0."""
     residual_p, residual_c = residual_p.detach(), residual_c.detach()
-    size_p = residual_p.flatten(1).square().mean(1)  # |Δ_p|², (P,)
-    size_c = residual_c.flatten(1).square().mean(1)  # |Δ_c|², (C,)
-    w = expand((size_p + eps) ** -k, F_p)
-    lam = alpha * size_p.sqrt().mean() / (size_c.sqrt().mean() + eps)
-    if not len(size_p) or not len(size_c):
-        lam = size_p.new_full((), alpha)
-    total = (F_p * w * residual_p).sum() + lam * (F_c * residual_c).sum()
-    return total / (F_p.numel() + F_c.numel()), lam
+    size_p = residual_p.flatten(1).square().mean(1).sqrt()  # |Δ_p|, (P,)
+    size_c = residual_c.flatten(1).square().mean(1).sqrt()  # |Δ_c|, (C,)
+    w = (size_p.square() + eps) ** -k
+    lam, pull = size_p.new_full((), alpha), size_p.new_zeros(())
+    if len(size_p) and len(size_c):
+        lam = alpha * size_p.mean() / (size_c.mean() + eps)
+        pull = lam * size_c.mean() / (w * size_p).mean()
+    total = (F_p * expand(w, F_p) * residual_p).sum() + lam * (F_c * residual_c).sum()
+    return total / (F_p.numel() + F_c.numel()), lam, pull
 
 
 # ---- 5. The training loop ----
 def train(s):
     """Distil. s: the settings of section 6. Writes student.pt, ckpt.pt, metrics.jsonl and pairs.png
     to s.out. The same command, repeated, goes on from ckpt.pt. Each of WORLD processes runs this
-    function on its share of the batch; process 0 prints and writes."""
+    function on its share of the batch; process 0 prints and writes.
+    If you copy this: all three networks are in float32, or the average rounds away, and without
+    dropout. --bf16 is autocast."""
     device = join(s.device)
-    teacher, _, decoder = load(s.teacher, s.res, s.convention, s.vae, device)
+    teacher, _ = load(s.teacher, s.res, device, s.convention)
+    decoder = load_decoder(s.vae, s.res, device)
     shape, classes = teacher.config["shape"], teacher.config["classes"]
     null = classes  # ∅ comes after the last class
 
@@ -226,33 +241,21 @@ def train(s):
     # ignores δ and γ: it is the unguided u(z, 1). And g is the unguided teacher: at first Δ_c is
     # u(γ = 1) - u(γ), pure guidance, and holds nothing about the student. That g takes γ is [ours].
     torch.manual_seed(s.seed)
-    student = start_from(teacher, delta=True, gamma=True)
-    online = start_from(teacher, gamma=True)  # g
-    ema = start_from(student).requires_grad_(False)  # the student's average, which samples
-
-    # ---- Optimiser, rates, clipping and average are [ours].
-    weights = [*student.parameters(), *online.parameters()]
-    optimizer = torch.optim.Adam(weights, betas=(0.9, 0.99), fused=True)
+    student = sit.start_from(initial(s, teacher), delta=True, gamma=True)
+    online = sit.start_from(teacher, gamma=True)  # g
+    ema = sit.start_from(student).requires_grad_(False)  # the student's average, which samples
+    optimizer = torch.optim.Adam([*student.parameters(), *online.parameters()], fused=True,
+                                 betas=(0.9, 0.99))  # [ours], as are rates, clipping and average
     parts = {"student": student, "online": online, "ema": ema, "optimizer": optimizer}
-    s.out.mkdir(parents=True, exist_ok=True)
-    first = resume(s.out / "ckpt.pt", parts, s)
-
-    # ---- Evaluation: φ, the teacher's samples of fixed noises, by 16 Heun steps, at a middle γ.
-    gamma_eval = sum(s.gamma) / 2
-    z_eval = noises(s.seed, range(s.eval_samples), shape).to(device)
-    y_eval = torch.arange(s.eval_samples, device=device) % classes
-    phi = many_steps(teacher, z_eval, y_eval, gamma_eval, null, interval=s.interval)
-
-    # ---- How the networks run. With --bf16 they compute in bfloat16 and return float32.
-    student.checkpointing = online.checkpointing = s.checkpointing  # of activations
-    derivative = duration_derivative
-    if s.compile:  # block by block: DDP and checkpointing stay outside of the graphs
-        for block in (*teacher.blocks, *student.blocks, *online.blocks):
-            block.compile(dynamic=False)
-        derivative = torch.compile(duration_derivative, dynamic=False)
-    ddp_student, ddp_online = (DDP(net) if WORLD > 1 else net for net in (student, online))
+    first = resume(s, parts)
+    fixed = references(s, teacher)
+    if RANK == 0:  # before the first step: a wrong clock or sign of the teacher is seen here
+        error = compare(s, ema, fixed, decoder)
+        say(f"step {first}: endpoint error {error:.3f}; {s.out / 'pairs.png'} has the teacher's "
+            "samples beside the student's")
+    ddp_student, ddp_online, derivative = prepare(s, teacher, student, online)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=s.bf16)
-    rows_p, rows_c = s.rows_p // WORLD, s.rows_c // WORLD
+    rows = [s.rows_p // WORLD, s.rows_c // WORLD]  # of prediction, of correction
 
     totals, logged, clock = 0, first, time.perf_counter()
     for step in tqdm(range(first, s.steps), initial=first, total=s.steps, disable=RANK > 0 or None):
@@ -260,32 +263,34 @@ def train(s):
         rate = s.lr * learning_rate(step, s.steps, s.warmup, s.decay_from)
         optimizer.param_groups[0]["lr"] = rate  # set anew, so a resumed run may change --lr
 
-        # ---- Prediction. F_p has a gradient. ∂F/∂δ needs none: a pass of its own, by the bare
-        # student. It comes second: autocast casts each weight once for both passes, and weights cast
-        # without gradient would get none from F_p.
-        z_p, y_p, gamma_p = prior(rows_p, shape, classes, s.gamma, device)
-        delta = torch.rand(rows_p, device=device)
+        # ---- One forward pass of the student: rows of prediction, at any δ, and of correction, at 1.
+        z, y, gamma = prior(sum(rows), shape, classes, s.gamma, device)
+        delta = torch.rand_like(gamma)
+        delta[rows[0]:] = 1
+        (z_p, z_c), (y_p, y_c), (gamma_p, gamma_c) = (a.split(rows) for a in (z, y, gamma))
+        with autocast:
+            F_p, F_c = average_velocity(ddp_student, z, delta, y, gamma).split(rows)
+
+        # ---- Prediction. ∂F/∂δ needs no gradient: it is a pass of its own, by the bare student.
+        delta_p = delta[:rows[0]]
         def F(z, delta): return average_velocity(student, z, delta, y_p, gamma_p)
         def u_p(x, t): return guided(teacher, x, t, y_p, gamma_p, null, s.interval)
         with autocast:
-            F_p = average_velocity(ddp_student, z_p, delta, y_p, gamma_p)
-            F_dot = derivative(F, z_p, delta)
-            residual_p = prediction(F_p, F_dot, u_p, z_p, delta)
+            F_dot = derivative(F, z_p, delta_p)
+            residual_p = prediction(F_p, F_dot, u_p, z_p, delta_p)
 
-        # ---- Correction, at δ = 1. At r above the cut its teacher is unguided, while prediction's
-        # is guided in the whole interval. The paper's FID for cut 0.6, 0.7 and 1: 5.72, 5.63, 8.65.
-        z_c, y_c, gamma_c = prior(rows_c, shape, classes, s.gamma, device)
-        n, logit = torch.randn_like(z_c), torch.randn(rows_c, device=device)
+        # ---- Correction. At r above the cut its teacher is unguided, while prediction's is guided
+        # in the whole interval. The paper's FID for cut 0.6, 0.7 and 1: 5.72, 5.63, 8.65.
+        n, logit = torch.randn_like(z_c), torch.randn_like(gamma_c)
         r = torch.sigmoid(s.r_location + s.r_scale * logit)  # LogitNormal, mostly high noise
         low, high = s.interval[0], min(s.interval[1], s.cut)
         def u_c(x, t): return guided(teacher, x, t, y_c, gamma_c, null, (low, high))
         def g(x, t): return ddp_online(x, t, y_c, gamma=gamma_c)
         with autocast:
-            F_c = average_velocity(ddp_student, z_c, torch.ones_like(r), y_c, gamma_c)
             residual_c, online_loss = correction(F_c, u_c, g, z_c, n, r)
 
         # ---- Update.
-        loss, lam = student_loss(F_p, residual_p, F_c, residual_c, s.k, s.alpha)
+        loss, lam, pull = student_loss(F_p, residual_p, F_c, residual_c, s.k, s.alpha)
         (loss + online_loss).backward()  # they share no weights
         student_norm = clip_grad_norm_(student.parameters(), 1)
         online_norm = clip_grad_norm_(online.parameters(), 1)
@@ -299,144 +304,131 @@ def train(s):
 
         # ---- Log the means since the last line. Summing waits for no GPU.
         terms = {"prediction": mean_square(residual_p), "correction": mean_square(residual_c),
-                 "online": online_loss.detach(), "lambda": lam,
+                 "online": online_loss.detach(), "lambda": lam, "pull": pull,
                  "student_norm": student_norm, "online_norm": online_norm}
         totals = totals + torch.stack([*terms.values()])
         done = step + 1
-        saving = done % s.save_every == 0 or done == s.steps
+        saving = done % s.save_every == 0 or done % s.keep_every == 0 or done == s.steps
         if saving or done % s.log_every == 0:
             means = mean_of_processes(totals / (done - logged)).tolist()
             speed = s.batch * (done - logged) / (time.perf_counter() - clock)
+            totals, logged, clock = 0, done, time.perf_counter()  # so a save's time counts
             line = {"step": done, **dict(zip(terms, means)), "lr": rate, "images_per_s": speed}
-            if not np.isfinite(means).all():  # in all processes, and before anything is saved
-                sys.exit(f"fmd.py: step {done}: a loss or gradient is not finite; "
-                         "repeat the command with a lower --lr or another --seed")
-            if saving and RANK == 0:
-                x = one_step(ema, z_eval, y_eval, gamma_eval)
-                line["endpoint_error"] = endpoint_error(x, phi).mean().item()
-                save(s.out, parts, s, done)
-                pairs = torch.stack([phi, x], 1)[:50].flatten(0, 1)  # side by side
-                save_grid(s.out / "pairs.png", to_uint8(pairs, decoder))
-            if RANK == 0:
-                text = json.dumps({name: round(value, 8) for name, value in line.items()})
-                say(text)
-                with open(s.out / "metrics.jsonl", "a") as log:
-                    print(text, file=log)
-            totals, logged, clock = 0, done, time.perf_counter()
+            report(s, line, parts, fixed, decoder, saving)
     say(f"next: python fmd.py --res {s.res} --sample 100 --out {s.out}")
 
 
 # ---- 6. Settings ----
-def count(text, least=1):
-    if int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text} is less than {least}")
-    return int(text)
+# The defaults below are for --res 28, pixels of any size. At 256 and 512, latents, these differ:
+AT_256 = dict(steps=100_000, batch=256, lr=1e-4, warmup=1000, decay_from=1.0, ema=0.9999,
+              bf16=True, compile=True, teacher="SiT-XL/2", vae="sd-vae-ft-ema", out="out/256",
+              log_every=50, save_every=10_000, keep_every=10_000, eval_samples=64)
+AT_512 = AT_256 | dict(checkpointing=True, teacher="SiT-XL/2-512", out="out/512", save_every=2500)
+# A run is resumed only with the same values of these.
+METHOD = "teacher convention init correction k alpha gamma interval cut r_location r_scale".split()
 
 
-def natural(text):
-    return count(text, least=0)
-
-
-def share(text):
-    if not 0 <= float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
-    return float(text)
-
-
-path = os.path.expanduser  # --out=~/run: the shell leaves it as it is
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-RES = 28, 256, 512  # 28: pixels, of any size; else latents of images of this side
-
-# flag: kind, value at --res 28, 256, 512, meaning. [P]: the value at 256 and 512 is the paper's.
-SETTINGS = {
-    # Method. A run is resumed only with the same values and teacher (METHOD).
-    "correction": (share, 0.25, 0.25, 0.25, "correction's share of the batch [P]"),
-    "k": (float, 1.0, 1.0, 1.0, "exponent of w, the weights of prediction [P]"),
-    "alpha": (float, 1.0, 1.0, 1.0, "strength of correction [P]"),
-    "gamma": (float, [1.0, 2.0], [1.0, 2.0], [1.0, 2.0], "range of γ in training"),
-    "interval": (share, [0.0, 1.0], [0.0, 1.0], [0.0, 1.0], "guided at these t (REPA: 0 0.7)"),
-    "cut": (share, 0.7, 0.7, 0.7, "correction's teacher is guided up to this r [P]"),
-    "r_location": (float, 0.8, 0.8, 0.8, "mean of the logit of r [P]"),
-    "r_scale": (float, 1.0, 1.0, 1.0, "standard deviation of the logit of r"),
-    # Optimisation.
-    "steps": (count, 1100, 100_000, 100_000, "optimiser steps [P]"),
-    "batch": (count, 32, 256, 256, "rows a step, of all processes [P]"),
-    "lr": (share, 1e-3, 1e-4, 1e-4, "peak rate of student and g"),
-    "warmup": (natural, 20, 1000, 1000, "steps up to the peak"),
-    "decay_from": (share, 0.3, 1.0, 1.0, "share of the steps before the fall to 0; 1: no fall"),
-    "ema": (share, 0.99, 0.9999, 0.9999, "decay of the student's average"),
-    "seed": (natural, 0, 0, 0, "of every draw"),
-    "bf16": (bool, False, True, True, "in training, networks compute in bfloat16"),
-    "compile": (bool, False, True, True, "torch.compile blocks and derivative: minutes, once"),
-    "checkpointing": (bool, False, False, True, "recompute activations, to save memory"),
-    # Files, log.
-    "teacher": (path, "assets/teacher-mnist.pt", "SiT-XL/2", "SiT-XL/2-512",
-                "file, name in sit.RELEASED, or URL"),
-    "vae": (path, None, "sd-vae-ft-ema", "sd-vae-ft-ema", "decoder of the latents"),
-    "convention": (("sit", "repa"), None, None, None, "clock and sign of a file, if not found"),
-    "out": (path, "out/28", "out/256", "out/512", "folder"),
-    "device": (("cuda", "cpu"), DEVICE, DEVICE, DEVICE, "cuda: a GPU each"),
-    "log_every": (count, 25, 50, 50, "steps between lines of the log"),
-    "save_every": (count, 500, 2000, 2000, "steps between checkpoints and endpoint errors"),
-    "eval_samples": (count, 256, 64, 64, "noises of an endpoint error"),
-    # Sampling, in place of training.
-    "sample": (count, None, None, None, "N samples of the student"),
-    "rollout": (count, None, None, None, "N samples of the teacher"),
-    "ckpt": (path, None, None, None, "the student, if not OUT/student.pt"),
-    "guidance": (float, 1.5, 1.5, 1.5, "γ of the samples"),
-    "solver": (("heun", "euler"), "heun", "heun", "heun", "of the rollout"),
-    "rollout_steps": (count, 32, 32, 32, "steps of the rollout"),
-}
-METHOD = "teacher convention correction k alpha gamma interval cut r_location r_scale".split()
+class HelpFormat(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Prints each default, and the text above as it stands."""
 
 
 def parse(argv=None):
     """The command line -> a namespace of settings. Bad input exits with one line and code 2."""
-    parser = argparse.ArgumentParser("fmd.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    epilog = f"--res 256: {AT_256}\n\n--res 512: {AT_512}"
+    parser = argparse.ArgumentParser("fmd.py", description=__doc__, epilog=epilog,
+                                     allow_abbrev=False, formatter_class=HelpFormat)
     parser.error = lambda text: parser.exit(2, f"fmd.py: {text}\n" if RANK == 0 else None)
-    parser.add_argument("--res", type=int, default=28, choices=RES, help="28: pixels, else latents")
-    parser.add_argument("--labels", type=int, nargs="+", help="of the samples, in turn (all)")
-    for name, (kind, *values, meaning) in SETTINGS.items():
-        defaults = values[:1] if values[0] == values[1] == values[2] else values
-        flag, text = f"--{name.replace('_', '-')}", f"{meaning} ({', '.join(map(str, defaults))})"
-        if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
-        elif isinstance(kind, tuple):
-            parser.add_argument(flag, choices=kind, help=text)
-        else:
-            many = 2 if isinstance(values[0], list) else None
-            parser.add_argument(flag, type=kind, nargs=many, help=text)
+    add, path, switch = parser.add_argument, os.path.expanduser, argparse.BooleanOptionalAction
+    add("--res", type=int, default=28, choices=(28, 256, 512), help="28: pixels, else latents")
+    # The method. [P]: the default is the paper's.
+    add("--correction", type=float, default=0.25, help="correction's share of the batch [P]")
+    add("--k", type=float, default=1.0, help="exponent of w, the weights of prediction [P]")
+    add("--alpha", type=float, default=1.0, help="strength of correction [P]")
+    add("--gamma", type=float, default=[1.0, 2.0], nargs=2, help="range of γ in training")
+    add("--interval", type=float, default=[0.0, 1.0], nargs=2, help="guided at these t")
+    add("--cut", type=float, default=0.7, help="correction's teacher is guided up to this r [P]")
+    add("--r-location", type=float, default=0.8, help="mean of the logit of r [P]")
+    add("--r-scale", type=float, default=1.0, help="standard deviation of the logit of r")
+    # Optimisation.
+    add("--steps", type=int, default=1100, help="optimiser steps")
+    add("--batch", type=int, default=32, help="rows a step, of all processes")
+    add("--lr", type=float, default=1e-3, help="peak rate of student and g")
+    add("--warmup", type=int, default=20, help="steps up to the peak")
+    add("--decay-from", type=float, default=0.3, help="share of steps before the fall to 0")
+    add("--ema", type=float, default=0.99, help="decay of the student's average")
+    add("--seed", type=int, default=0, help="of every draw")
+    add("--bf16", action=switch, default=False, help="in training, networks compute in bfloat16")
+    add("--compile", action=switch, default=False, help="blocks and derivative: minutes, once")
+    add("--checkpointing", action=switch, default=False, help="recompute activations: less memory")
+    add("--device", choices=("cuda", "cpu"), help="cuda: a GPU for each process",
+        default="cuda" if torch.cuda.is_available() else "cpu")
+    # Files and the log.
+    add("--teacher", type=path, default="assets/teacher-mnist.pt", help="file, URL or released name")
+    add("--convention", choices=("sit", "repa"), help="clock and sign of its file, if not found")
+    add("--init", type=path, help="start from this student, in place of the teacher")
+    add("--vae", type=path, help="decoder of the latents")
+    add("--out", type=path, default="out/28", help="folder")
+    add("--log-every", type=int, default=25, help="steps between lines of the log")
+    add("--save-every", type=int, default=500, help="steps between checkpoints")
+    add("--keep-every", type=int, default=500, help="steps between students that are kept")
+    add("--eval-samples", type=int, default=256, help="noises of an endpoint error")
+    # Sampling, in place of training.
+    add("--sample", type=int, metavar="N", help="samples of the student")
+    add("--rollout", type=int, metavar="N", help="samples of the teacher")
+    add("--ckpt", type=path, help="the student, if not OUT/student.pt")
+    add("--guidance", type=float, default=1.5, help="γ of the samples")
+    add("--labels", type=int, nargs="+", help="of the samples, in turn, if not all")
+    add("--solver", choices=("heun", "euler"), default="heun", help="of the rollout")
+    add("--rollout-steps", type=int, default=32, help="steps of the rollout")
+
+    res = parser.parse_known_args(argv)[0].res
+    parser.set_defaults(**{28: {}, 256: AT_256, 512: AT_512}[res])
     s = parser.parse_args(argv)
-    for name, (_, *values, _) in SETTINGS.items():
-        if getattr(s, name) is None:
-            setattr(s, name, values[RES.index(s.res)])
     s.out = Path(s.out)
     s.rows_c = round(s.batch * s.correction)
     s.rows_p = s.batch - s.rows_c
-    if (s.rows_p % WORLD or s.rows_c % WORLD) and not (s.sample or s.rollout):
-        parser.error(f"--batch {s.batch}: {WORLD} processes cannot share {s.rows_p} rows of "
-                     f"prediction and {s.rows_c} of correction; give multiples of {WORLD}")
+    check(s, parser.error)
+    return s
+
+
+def check(s, error):
+    """Settings that cannot work -> error(text), which exits. One of them is named, and what to give."""
+    limits = {(1, np.inf): "steps batch log_every save_every keep_every eval_samples rollout_steps "
+                           "sample rollout",
+              (0, np.inf): "warmup seed", (0, 1): "correction cut interval lr decay_from ema"}
+    for (low, high), names in limits.items():
+        for name in names.split():
+            value = getattr(s, name)
+            if value is not None and not all(low <= x <= high for x in np.ravel(value)):
+                error(f"--{name.replace('_', '-')} {value}: give {low} to {high}")
     for name, (low, high) in (("gamma", s.gamma), ("interval", s.interval)):
         if low > high:
-            parser.error(f"--{name} {low} {high}: give the lower one first")
-    if s.device == "cuda" and LOCAL_RANK >= torch.cuda.device_count():
-        parser.error(f"--device cuda: no GPU {LOCAL_RANK} here; use cpu")
-    for name in () if s.sample or s.rollout else ("student.pt", "ckpt.pt"):
-        if (s.out / name).resolve() in (Path(s.teacher).resolve(), Path(s.vae or "").resolve()):
-            parser.error(f"--out {s.out}: {name} would be overwritten, and is read; give another")
-    return s
+            error(f"--{name} {low} {high}: give the lower one first")
+    gpus = torch.cuda.device_count()  # where a launcher shows each process its own, it has number 0
+    if s.device == "cuda" and not (gpus == 1 or LOCAL_RANK < gpus):
+        error(f"--device cuda: {gpus} GPUs here, and this is process {LOCAL_RANK} of the machine, from "
+              "0; start fewer, or use --device cpu")
+    if s.sample or s.rollout:
+        return
+    if s.rows_p % WORLD or s.rows_c % WORLD:
+        error(f"--batch {s.batch}: {WORLD} processes cannot share {s.rows_p} rows of prediction and "
+              f"{s.rows_c} of correction; give multiples of {WORLD}")
+    read = [Path(source or "").resolve() for source in (s.teacher, s.vae, s.init)]
+    for name in ("student.pt", "ckpt.pt"):
+        if (s.out / name).resolve() in read:
+            error(f"--out {s.out}: {name} would be overwritten, and is read; give another")
 
 
 # ---- 7. Processes and files ----
 def join(kind):
     """Join the other processes. kind: "cpu", or "cuda", a GPU each. -> this process's device."""
-    device = torch.device(kind, LOCAL_RANK if kind == "cuda" else None)
+    device = torch.device(kind)
     if kind == "cuda":
+        device = torch.device(kind, LOCAL_RANK if torch.cuda.device_count() > 1 else 0)
         torch.cuda.set_device(device)
-    if WORLD > 1:  # the timeout is long: all wait while process 0 evaluates and saves
+    if WORLD > 1:  # all wait while process 0 evaluates and saves
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
     return device
 
 
@@ -465,61 +457,127 @@ def noises(seed, numbers, shape):
 
 
 def learning_rate(step, steps, warmup, decay_from):
-    """The share of the peak rate: a linear rise over `warmup` steps, 1, then a linear fall to 0."""
+    """The share of the peak rate: a linear rise over `warmup` steps, 1, then a linear fall to 0 from
+    the share `decay_from` of the steps on; 1: no fall."""
     fall = (steps - step) / max(1.0, steps * (1 - decay_from))
     return min((step + 1) / (warmup + 1), 1.0, fall)
 
 
-def load(source, res, convention, vae, device, student=False):
-    """-> a frozen teacher or student in the clock and sign of this file, whatever its own are; what
-    else its file holds; the decoder of its latents or None. Raises sit.FileError."""
-    if LOCAL_RANK > 0:  # one process of a machine downloads, the others wait
+def fetch(source):
+    """-> a local path. One process of a machine downloads, the others wait."""
+    if LOCAL_RANK > 0:
         dist.barrier()
-    net, info = sit.load(sit.fetch(source), convention=convention)
+    path = sit.fetch(source)
+    if WORLD > 1 and LOCAL_RANK == 0:
+        dist.barrier()
+    return path
+
+
+def load(source, res, device, convention=None, student=False):
+    """-> a frozen teacher or student in the clock and sign of this file, whatever its own are; what
+    else its file holds. Raises sit.FileError."""
+    net, info = sit.load(fetch(source), convention=convention)
     shape, classes, convention = (net.config[name] for name in ("shape", "classes", "convention"))
     if not net.config["delta"] == net.config["gamma"] == student:
         raise sit.FileError(f"{source}: not a {'student' if student else 'teacher'}")
     if (res > 28 and shape != [4, res // 8, res // 8]) or (res == 28 and shape[0] == 4):
         raise sit.FileError(f"{source}: made for {shape}, not for --res {res}")
     say(f"{source}: convention {convention} ({info['why']}), labels 0 to {classes - 1}")
-    decoder = sit.load_decoder(sit.fetch(vae)).to(device) if res > 28 else None
-    if WORLD > 1 and LOCAL_RANK == 0:
-        dist.barrier()
-    return net.to(device), info, decoder
+    return net.to(device), info
 
 
-def start_from(net, **inputs):
-    """A copy of the network with added inputs, whose embedders give 0 at first."""
-    new = sit.SiT(**net.config | inputs)
-    new.load_state_dict(new.state_dict() | net.state_dict())  # the new embedders keep theirs
-    return new.to(net.pos_embed.device)
+def load_decoder(source, res, device):
+    """The decoder of latents, or None where pixels need none. Raises sit.FileError."""
+    return sit.load_decoder(fetch(source)).to(device) if res > 28 else None
 
 
-def save(folder, parts, s, step):
+def initial(s, teacher):
+    """The network that the student starts from: the teacher, or the student of --init, whose clock
+    and sign may be others. Raises sit.FileError."""
+    if not s.init:
+        return teacher
+    net, _ = load(s.init, s.res, teacher.pos_embed.device, student=True)
+    for name in ("shape", "classes"):
+        if net.config[name] != teacher.config[name]:
+            raise sit.FileError(f"{s.init}: {name} {net.config[name]}, but the teacher's is "
+                                f"{teacher.config[name]}; give a student of such a teacher")
+    return net
+
+
+def prepare(s, teacher, student, online):
+    """The networks as the settings run them -> student and g under DDP; duration_derivative."""
+    student.checkpointing = online.checkpointing = s.checkpointing  # of activations
+    derivative = duration_derivative
+    if s.compile:  # block by block: DDP and checkpointing stay outside of the graphs
+        torch._dynamo.config.optimize_ddp = False  # it would cut a block at the bounds of buckets
+        for block in (*teacher.blocks, *student.blocks, *online.blocks):
+            block.compile(dynamic=False)
+        derivative = torch.compile(duration_derivative, dynamic=False, fullgraph=True)
+    if WORLD > 1:
+        student, online = (DDP(net, gradient_as_bucket_view=True) for net in (student, online))
+    return student, online, derivative
+
+
+def save(s, parts, step):
     """Write student.pt, the average in the released names, and ckpt.pt, whole or not at all."""
     ema = parts["ema"]
     about = {"config": ema.config, "gamma": s.gamma}
     student = {"ema": sit.released_names(ema.state_dict())} | about
     states = {name: part.state_dict() for name, part in parts.items()}
-    run = {"step": step, "settings": {name: getattr(s, name) for name in METHOD}}
-    sit.write(folder / "student.pt", partial(torch.save, student))
-    sit.write(folder / "ckpt.pt", partial(torch.save, about | states | run))
+    names = ["student.pt"] + [f"student-{step}.pt"] * (step % s.keep_every == 0)
+    for name in names:
+        sit.write(s.out / name, partial(torch.save, student))
+    run = {"step": step, "settings": recorded(s)}
+    sit.write(s.out / "ckpt.pt", partial(torch.save, about | states | run))
 
 
-def resume(path, parts, s):
+def recorded(s):
+    """What a run depends on, for ckpt.pt: the settings, torch's version and the processes."""
+    return vars(s) | {"out": str(s.out), "torch": str(torch.__version__), "processes": WORLD}
+
+
+def resume(s, parts):
     """Load ckpt.pt into the parts -> its step, or 0 if there is none. Raises sit.FileError."""
+    s.out.mkdir(parents=True, exist_ok=True)
+    path = s.out / "ckpt.pt"
     if not path.exists():
         say(f"{path}: not there, so this run starts at step 0")
         return 0
-    file = sit.read_file(path)
+    file = sit.read_file(path, mapped=True)
     with sit.usable(path, "a checkpoint of fmd.py"):
-        for name, value in file["settings"].items():
-            if getattr(s, name) != value:
-                raise sit.FileError(f"{path}: {name} was {value}; give that, or another --out")
+        step, now = file["step"], recorded(s)
+        changed = {name: value for name, value in file["settings"].items() if now[name] != value}
+        for name in METHOD:
+            if name in changed:
+                raise sit.FileError(f"{path}: {name} was {changed[name]}; give that, or another --out")
+        if step >= s.steps:
+            raise sit.FileError(f"{path}: this run has all its {step} steps; give more by --steps to go "
+                                "on, or another --out to begin another")
         for name, part in parts.items():
             part.load_state_dict(file[name])
-        say(f"{path}: resumed at step {file['step']}")
-        return file["step"]
+    for name, value in changed.items():
+        say(f"note: {name} was {value}, and is {now[name]}")
+    say(f"{path}: resumed at step {step}")
+    return step
+
+
+def report(s, line, parts, fixed, decoder, saving):
+    """On process 0, write one line of the log, and where it is time a checkpoint, with the endpoint
+    error. A value that is not finite ends all processes, before anything is saved."""
+    if not np.isfinite([*line.values()]).all():
+        sys.exit(f"fmd.py: step {line['step']}: a loss or gradient is not finite; "
+                 "repeat the command with a lower --lr or another --seed")
+    if RANK > 0:
+        return
+    if saving:
+        line["endpoint_error"] = compare(s, parts["ema"], fixed, decoder)
+        save(s, parts, line["step"])
+    if s.device == "cuda":
+        line["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    text = json.dumps({name: round(value, 8) for name, value in line.items()})
+    say(text)
+    with open(s.out / "metrics.jsonl", "a") as log:
+        print(text, file=log)
 
 
 # ---- 8. Sampling ----
@@ -544,11 +602,22 @@ def endpoint_error(x, phi):
     return (x - phi).flatten(1).norm(dim=1) / phi.flatten(1).norm(dim=1)
 
 
-def to_uint8(x, decoder=None):
-    """Pixels in [-1, 1], or latents (N, C, H, W) -> (N, H, W, C) uint8, rounded like DiT's."""
-    if decoder is not None:
-        x = torch.cat([decoder(part) for part in x.split(8)])
-    return (127.5 * x + 128).clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().cpu()
+def references(s, teacher):
+    """Fixed noises, all labels in turn, a middle γ, and φ, the teacher's samples -> z, y, γ, φ."""
+    z = noises(s.seed, range(s.eval_samples), teacher.config["shape"]).to(teacher.pos_embed.device)
+    y = torch.arange(len(z), device=z.device) % teacher.config["classes"]
+    gamma = sum(s.gamma) / 2
+    phi = many_steps(teacher, z, y, gamma, teacher.config["classes"], interval=s.interval)
+    return z, y, gamma, phi
+
+
+def compare(s, student, fixed, decoder):
+    """The student's endpoint error on fixed noises. pairs.png: φ and the student's samples, in pairs."""
+    z, y, gamma, phi = fixed
+    x = one_step(student, z, y, gamma)
+    pairs = torch.stack([phi, x], 1)[:50].flatten(0, 1)
+    save_grid(s.out / "pairs.png", sit.to_uint8(pairs, decoder))
+    return endpoint_error(x, phi).mean().item()
 
 
 def save_grid(path, images):
@@ -567,36 +636,42 @@ def sample(s):
     file, source = s.out / "rollout.npz", s.teacher
     if s.sample:
         file, source = s.out / "samples.npz", s.ckpt or s.out / "student.pt"
-    net, info, decoder = load(source, s.res, s.convention, s.vae, device, student=bool(s.sample))
-    shape, classes = net.config["shape"], net.config["classes"]
+    net, info = load(source, s.res, device, s.convention, student=bool(s.sample))
+    decoder = load_decoder(s.vae, s.res, device)
+    (channels, *sides), classes = net.config["shape"], net.config["classes"]
     labels = s.labels or range(classes)
     if not 0 <= min(labels) <= max(labels) < classes:
         sys.exit(f"fmd.py: --labels {labels}: give some of 0 to {classes - 1}")
     low, high = info.get("gamma", (s.guidance, s.guidance))
     if s.sample and not low <= s.guidance <= high:
         say(f"note: --guidance {s.guidance}: the student was trained with {low} to {high}")
-    s.out.mkdir(parents=True, exist_ok=True)
 
-    clock, parts = time.perf_counter(), []
+    # ---- The images lie in a file that all processes map, so each holds no more than a chunk.
+    part = file.with_suffix(".part")
+    if RANK == 0:
+        s.out.mkdir(parents=True, exist_ok=True)
+        size = (s.res, s.res, 3) if decoder else (*sides, channels)
+        np.lib.format.open_memmap(part, "w+", np.uint8, (total, *size))
+    if WORLD > 1:
+        dist.barrier()
+    images, clock = np.load(part, mmap_mode="r+"), time.perf_counter()
     mine = range(total)[RANK * total // WORLD:(RANK + 1) * total // WORLD]  # may be empty
-    for start in tqdm(range(0, max(1, len(mine)), CHUNK), disable=RANK > 0 or None):
+    for start in tqdm(range(0, len(mine), CHUNK), disable=RANK > 0 or None):
         rows = mine[start:start + CHUNK]
-        z = noises(s.seed, rows, shape).to(device)
-        y = torch.tensor([labels[i % len(labels)] for i in rows], dtype=torch.long, device=device)
+        z = noises(s.seed, rows, net.config["shape"]).to(device)
+        y = torch.tensor([labels[i % len(labels)] for i in rows], device=device)
         if s.sample:
             x = one_step(net, z, y, s.guidance)
         else:
             x = many_steps(net, z, y, s.guidance, classes, s.rollout_steps, s.solver, s.interval)
-        parts.append(to_uint8(x, decoder))
-    images = torch.cat(parts)
+        images[rows.start:rows.stop] = sit.to_uint8(x, decoder)
     if WORLD > 1:
-        shares = [None] * WORLD if RANK == 0 else None
-        dist.gather_object(images, shares)
-        images = torch.cat(shares) if RANK == 0 else None
+        dist.barrier()
     if RANK == 0:
         seconds = time.perf_counter() - clock
-        sit.write(file, partial(np.savez, arr_0=images.numpy(), arr_1=np.resize(labels, total)))
-        save_grid(file.with_suffix(".png"), images[:100])
+        sit.write(file, partial(np.savez, arr_0=images, arr_1=np.resize(labels, total)))
+        save_grid(file.with_suffix(".png"), torch.from_numpy(images[:100]))
+        part.unlink()
         say(f"{file}: {total} samples of {source}, {1e3 * seconds / total:.2f} ms each")
 
 

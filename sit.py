@@ -29,11 +29,21 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as nnf
+from torch.autograd.forward_ad import make_dual, unpack_dual
 from torch.utils.checkpoint import checkpoint
 
 # (depth, width, heads); SiT-XL/2 is size XL with patch 2. T is ours, for MNIST.
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16),
          "T": (6, 128, 4)}
+
+
+class Linear(nn.Linear):
+    """nn.Linear, with two products instead of three where fmd.duration_derivative differentiates it. Its
+    x then carries a derivative x'. torch computes W x, W x' and W' x, although W' is zero."""
+    def forward(self, x):
+        x, x_dot = unpack_dual(x)
+        out = nnf.linear(x, self.weight, self.bias)
+        return out if x_dot is None else make_dual(out, nnf.linear(x_dot, self.weight))
 
 
 # ---- Embeddings ----------------------------------------------------------------------------------
@@ -58,7 +68,7 @@ class ScalarEmbedder(nn.Module):
     """(B,) -> (B, D): 256 sinusoids through a two-layer MLP. Embeds t, δ and γ."""
     def __init__(self, width):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(Linear(256, width), nn.SiLU(), Linear(width, width))
 
     def forward(self, t):
         return self.mlp(sinusoids(t).to(self.mlp[0].weight.dtype))
@@ -79,8 +89,8 @@ class Attention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
 
     def forward(self, x):
         B, T, D = x.shape
@@ -97,9 +107,9 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.mlp = named(fc1=nn.Linear(width, 4 * width), act=nn.GELU(approximate="tanh"),
-                         fc2=nn.Linear(4 * width, width))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.mlp = named(fc1=Linear(width, 4 * width), act=nn.GELU(approximate="tanh"),
+                         fc2=Linear(4 * width, width))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(width, 6 * width))
 
     def forward(self, x, c):
         modulation = self.adaLN_modulation(c)                           # (B, 6 D)
@@ -114,8 +124,8 @@ class FinalLayer(nn.Module):
     def __init__(self, width, outputs):
         super().__init__()
         self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.linear = nn.Linear(width, outputs)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.linear = Linear(width, outputs)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(width, 2 * width))
 
     def forward(self, x, c):
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)         # each (B, D)
@@ -194,6 +204,13 @@ class SiT(nn.Module):
         return velocity.to(x.dtype)                             # autocast may compute in bfloat16
 
 
+def start_from(net, **inputs):
+    """A trainable copy of the network with added inputs, whose embedders give 0 at first."""
+    new = SiT(**net.config | inputs)
+    new.load_state_dict(new.state_dict() | net.state_dict())    # the new embedders keep theirs
+    return new.to(net.pos_embed.device)
+
+
 # ---- SD-VAE decoder: latents to pixels (Rombach et al., arXiv 2112.10752) ------------------------
 # Parameter names are those of diffusers' AutoencoderKL. Its encoder is not needed here.
 SCALE = 0.18215                         # SiT's latents are the VAE's times this
@@ -261,6 +278,13 @@ class Decoder(nn.Module):
         return d.conv_out(nnf.silu(d.conv_norm_out(h)))                 # (B, 3, 8H, 8W)
 
 
+def to_uint8(x, decoder=None):
+    """Pixels in [-1, 1], or latents (N, C, H, W) -> (N, H, W, C) uint8, rounded like DiT's."""
+    if decoder is not None:
+        x = torch.cat([decoder(part) for part in x.split(8)])
+    return (127.5 * x + 128).clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().cpu()
+
+
 # ---- Files: the layouts of the released weights, read and written --------------------------------
 # Of images of 256 x 256 where the name gives no side. Sources: issue 42 of SiT's repository, REPA's
 # utils.py, commit 88a8120 of FreeFlow's files.
@@ -326,9 +350,10 @@ def fetch(source):
     return path
 
 
-def read_file(path):
+def read_file(path, mapped=False):
     """torch.load that runs nothing from the file. The tensors are copies in memory, so that a file may
-    be overwritten while it is in use. Raises FileError."""
+    be overwritten while it is in use. mapped: they stay in the file until they are read, and no checksum
+    is compared; a checkpoint of many GB is then not read by each process of a machine. Raises FileError."""
     if not Path(path).is_file():
         raise FileError(f"{path}: no such file")
     with open(path, "rb") as file:
@@ -337,10 +362,10 @@ def read_file(path):
         whole = zipfile.is_zipfile(path)
         if not whole and start[:1] != b"\x80":          # nor torch's older format
             raise ValueError("it ends early" if start[:2] == b"PK" else "neither zip nor pickle")
-        if whole and zipfile.ZipFile(path).testzip():
+        if whole and not mapped and zipfile.ZipFile(path).testzip():
             raise ValueError("damaged: a checksum is wrong")            # torch.load compares none
         with torch.serialization.safe_globals([argparse.Namespace]):    # SiT saves its flags
-            return torch.load(str(path), map_location="cpu", weights_only=True)
+            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as e:      # a damaged zip or pickle raises a dozen types
         found = re.search(r"GLOBAL (\S+)", str(e))      # torch has it behind a page of advice
         cause = f"it holds a Python object, {found[1]}; save tensors alone" if found else reason(e)
@@ -387,6 +412,7 @@ def released_names(state):
 def our_names(state):
     """A state dict of teacher or student, as it was saved -> in the names of SiT above, without REPA's
     training heads. Prefixes of wrappers, such as DDP's `module.`, are removed. Raises ValueError."""
+    state = {key.replace("_orig_mod.", ""): value for key, value in state.items()}     # torch.compile's
     first = "x_embedder.proj.weight"
     prefixes = [key.removesuffix(first) for key in state if key.endswith(first)]
     if len(prefixes) != 1:
@@ -417,6 +443,9 @@ def from_state_dict(state, heads=None, convention="sit"):
     size of the same depth and width gives `heads` None. Raises ValueError, KeyError."""
     state = our_names(state)
     width, channels, patch, _ = state["x_embedder.proj.weight"].shape
+    if "pos_embed" not in state:
+        raise ValueError("pos_embed is missing, the fixed table of positions, which tells the image's side; "
+                         "save the whole state dict, not the trainable parameters alone")
     side = math.isqrt(state["pos_embed"].shape[1]) * patch
     depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
     classes = len(state["y_embedder.embedding_table.weight"]) - 1

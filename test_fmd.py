@@ -380,7 +380,7 @@ def test_students_start_as_their_teacher_and_keep_its_read_out(learn_sigma):
     teacher = tiny(learn_sigma=learn_sigma)
     z, y, one = torch.randn(3, 2, 8, 8), torch.tensor([0, 1, 5]), torch.ones(3)
     u = teacher(z, one, y)
-    student, online = fmd.start_from(teacher, **STUDENT), fmd.start_from(teacher, gamma=True)
+    student, online = sit.start_from(teacher, **STUDENT), sit.start_from(teacher, gamma=True)
     assert torch.equal(fmd.average_velocity(student, z, 0.3 * one, y, 1.7 * one), u)
     assert torch.equal(online(z, one, y, gamma=one), u)
     assert student.config["learn_sigma"] == learn_sigma
@@ -1542,7 +1542,7 @@ def fake_cuda(monkeypatch):
     def load(source, res, convention, vae, device):
         net = sit.SiT((4, 32, 32), 2, 64, 4, 2, 1000, learn_sigma=True)
         return net.requires_grad_(False), {}, None
-    def start_from(teacher, real=fmd.start_from, **inputs):
+    def start_from(teacher, real=sit.start_from, **inputs):
         nets.append(real(teacher, **inputs))
         return nets[-1]
     def backward(loss):

@@ -72,7 +72,7 @@ def digits(args):
     part = slice(args.count) if args.part == "first" else slice(-args.count, None)
     path = args.files[0]
     path.parent.mkdir(parents=True, exist_ok=True)
-    sit.write(path, partial(np.savez, arr_0=fmd.to_uint8(x[part]).numpy(), arr_1=y[part].numpy()))
+    sit.write(path, partial(np.savez, arr_0=sit.to_uint8(x[part]).numpy(), arr_1=y[part].numpy()))
     print(f"{path}: {len(y[part])} digits")
 
 
@@ -373,7 +373,7 @@ def distil(args, equation, source, seed, folder):
     the preset's: at 1e-3 MeanFlow's equation diverged, for one seed of three."""
     steps = args.steps or 900
     torch.manual_seed(seed)
-    net = fmd.start_from(TEACHER, delta=True, gamma=True)
+    net = sit.start_from(TEACHER, delta=True, gamma=True)
     optimizer = torch.optim.Adam(net.parameters(), betas=(0.9, 0.99))
     for step in tqdm(range(steps)):
         x, y, gamma = fmd.prior(32, SHAPE, NULL, (GAMMA, GAMMA))
@@ -404,7 +404,7 @@ def picture(args, name, rows):
     canvas = Image.new("L", (left + 10 * side, len(rows) * side), 255)
     for i, (label, x) in enumerate(rows.items()):
         ImageDraw.Draw(canvas).text((left - 15, (i + 0.5) * side), label, 0, font, anchor="rm")
-        for j, digit in enumerate(fmd.to_uint8(x)[..., 0].numpy()):
+        for j, digit in enumerate(sit.to_uint8(x)[..., 0].numpy()):
             canvas.paste(Image.fromarray(digit).resize((84, 84)), (left + j * side, i * side + 3))
     path = (args.pictures or args.out) / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -424,7 +424,7 @@ def strip(args):
 def run(args):
     """Ten noises by the students in folders of fmd.py's runs, which took more and more steps."""
     z, y, phi = reference(10)
-    students = {0: fmd.start_from(TEACHER, delta=True, gamma=True)}
+    students = {0: sit.start_from(TEACHER, delta=True, gamma=True)}
     for folder in args.files:
         students[sit.read_file(folder / "ckpt.pt")["step"]] = sit.load(folder / "student.pt")[0]
     rows = {f"student, {step} steps": fmd.one_step(net, z, y, GAMMA) for step, net in students.items()}
