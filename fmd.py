@@ -263,16 +263,16 @@ def train(s):
         rate = s.lr * learning_rate(step, s.steps, s.warmup, s.decay_from)
         optimizer.param_groups[0]["lr"] = rate  # set anew, so a resumed run may change --lr
 
-        # ---- One forward pass of the student: rows of prediction, at any δ, and of correction, at 1.
+        # ---- One forward pass of the student, for rows of prediction, at any δ, and of correction,
+        # at δ = 1.
         z, y, gamma = prior(sum(rows), shape, classes, s.gamma, device)
-        delta = torch.rand_like(gamma)
-        delta[rows[0]:] = 1
         (z_p, z_c), (y_p, y_c), (gamma_p, gamma_c) = (a.split(rows) for a in (z, y, gamma))
+        delta_p, one = torch.rand_like(gamma_p), torch.ones_like(gamma_c)
         with autocast:
-            F_p, F_c = average_velocity(ddp_student, z, delta, y, gamma).split(rows)
+            F_all = average_velocity(ddp_student, z, torch.cat([delta_p, one]), y, gamma)
+        F_p, F_c = F_all.split(rows)
 
         # ---- Prediction. ∂F/∂δ needs no gradient: it is a pass of its own, by the bare student.
-        delta_p = delta[:rows[0]]
         def F(z, delta): return average_velocity(student, z, delta, y_p, gamma_p)
         def u_p(x, t): return guided(teacher, x, t, y_p, gamma_p, null, s.interval)
         with autocast:
@@ -385,8 +385,6 @@ def parse(argv=None):
     parser.set_defaults(**{28: {}, 256: AT_256, 512: AT_512}[res])
     s = parser.parse_args(argv)
     s.out = Path(s.out)
-    s.rows_c = round(s.batch * s.correction)
-    s.rows_p = s.batch - s.rows_c
     check(s, parser.error)
     return s
 
@@ -408,6 +406,8 @@ def check(s, error):
     if s.device == "cuda" and not (gpus == 1 or LOCAL_RANK < gpus):
         error(f"--device cuda: {gpus} GPUs here, and this is process {LOCAL_RANK} of the machine, from "
               "0; start fewer, or use --device cpu")
+    s.rows_c = round(s.batch * s.correction)
+    s.rows_p = s.batch - s.rows_c
     if s.sample or s.rollout:
         return
     if s.rows_p % WORLD or s.rows_c % WORLD:
@@ -570,8 +570,8 @@ def report(s, line, parts, fixed, decoder, saving):
     if RANK > 0:
         return
     if saving:
-        line["endpoint_error"] = compare(s, parts["ema"], fixed, decoder)
         save(s, parts, line["step"])
+        line["endpoint_error"] = compare(s, parts["ema"], fixed, decoder)
     if s.device == "cuda":
         line["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
     text = json.dumps({name: round(value, 8) for name, value in line.items()})

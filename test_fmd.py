@@ -28,6 +28,7 @@ import torch.nn.functional as nnf
 from PIL import Image
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fid
@@ -168,8 +169,8 @@ def test_correction_alone_finds_the_gaussian():
         (z, n), r = torch.randn(2, 256, 2), torch.rand(256)
         v_N = partial(gaussian_velocity, m=a.detach(), s=b.item())
         F_c, N, _ = correct(lambda z, d: a + (b - 1) * z, gaussian_velocity, v_N, z, n, r)
-        loss, lam = fmd.student_loss(F_c[:0], N[:0], F_c, N)
-        assert lam == 1
+        loss, lam, pull = fmd.student_loss(F_c[:0], N[:0], F_c, N)
+        assert (lam, pull) == (1, 0)
         opt.zero_grad()
         loss.backward()
         opt.step()
@@ -194,13 +195,15 @@ def test_the_gradient_by_hand():
     for k in (0.0, 0.5, 1.0):
         w = [1 / (mean_square + 1e-3) ** k for mean_square in (12.5, 2.0)]
         F = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], requires_grad=True)
-        loss, got = fmd.student_loss(F[:2], p, F[2:], c, k, alpha=0.5)
+        loss, got, pull = fmd.student_loss(F[:2], p, F[2:], c, k, alpha=0.5)
         assert got.item() == pytest.approx(lam, rel=1e-5)
+        pulls = w[0] * math.sqrt(12.5), w[1] * math.sqrt(2)
+        assert pull.item() == pytest.approx(5 * lam / sum(pulls) * 2, rel=1e-5)
         grad, = torch.autograd.grad(loss, F)
         want = [[3 * w[0], 4 * w[0]], [0, 2 * w[1]], [lam, 7 * lam]]
         assert torch.allclose(grad, torch.tensor(want) / 6)
-        assert fmd.student_loss(F[:2], p, F[:0], c[:0], k, alpha=0.5)[1] == 0.5
-        assert fmd.student_loss(F[:0], p[:0], F[:1], c, k, alpha=0.5)[1] == 0.5
+        assert fmd.student_loss(F[:2], p, F[:0], c[:0], k, alpha=0.5)[1:] == (0.5, 0)
+        assert fmd.student_loss(F[:0], p[:0], F[:1], c, k, alpha=0.5)[1:] == (0.5, 0)
 
 def test_training_from_the_prior_alone_reaches_the_closed_form_flow_map():
     torch.manual_seed(0)
@@ -327,6 +330,31 @@ def test_jvp_of_the_network_equals_finite_difference():
     assert exact.abs().max() > 1e-2 and not exact.requires_grad
     assert (exact - central).abs().max() < 2e-3 * exact.abs().max()
 
+@pytest.mark.parametrize("rows", [(24,), (4, 7)])
+def test_linear_differentiates_as_torchs_to_the_bit_with_two_products(rows, monkeypatch):
+    """Eager and in one graph. torch's own takes three: one with the derivative of the weight, zero."""
+    ours, plain = sit.Linear(16, 40), torch.nn.Linear(16, 40)
+    plain.load_state_dict(ours.state_dict())
+    x, x_dot = torch.randn(2, *rows, 16)
+    def derivative(layer, x, x_dot):
+        return torch.func.jvp(layer, (x,), (x_dot,))
+    class Products(TorchDispatchMode):
+        count = 0
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            self.count += op.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
+            return op(*args, **(kwargs or {}))
+    counts, values = {}, {}
+    with torch.no_grad():
+        for layer in (ours, plain):
+            with Products() as products:
+                values[layer] = derivative(layer, x, x_dot)
+            counts[layer] = products.count
+        compiled = torch.compile(derivative, backend="aot_eager", fullgraph=True, dynamic=False)(ours, x, x_dot)
+    assert counts == {ours: 2, plain: 3}
+    for one, other, third in zip(values[ours], values[plain], compiled):
+        assert torch.equal(one, other) and torch.equal(one, third) and other.abs().max() > 0.1
+    assert torch.equal(ours(x), plain(x))
+
 @pytest.mark.parametrize("size, patch, count", [("S", 2, 33), ("B", 4, 131), ("L", 2, 458), ("XL", 2, 675)])
 def test_named_sizes_have_the_published_parameter_counts(size, patch, count):
     with torch.device("meta"):
@@ -365,6 +393,7 @@ def test_a_network_from_its_weights_alone(extra, tmp_path):
     lambda state: {f"module.{k}": v for k, v in state.items()},
     lambda state: {"model": {f"_orig_mod.module.{k}": v for k, v in state.items()}, "step": 3},
     lambda state: {"state_dict": {f"net.{k}": v for k, v in state.items()}},
+    lambda state: {re.sub(r"(blocks\.\d)", r"\1._orig_mod", k): v for k, v in state.items()},   # compiled blocks
     lambda state: {"ema": {f"module.{k}": v.half() for k, v in state.items()}, "model": {"x": 1}}])
 def test_weights_in_wrappers_load(wrap, tmp_path):
     """DDP, torch.compile, Lightning and others add prefixes; trainers keep weights under some name."""
@@ -397,7 +426,8 @@ def test_hostile_and_damaged_files_are_refused(tmp_path, monkeypatch):
                "two": {"ema.x_embedder.proj.weight": good["x_embedder.proj.weight"]}}
     files = {name: {"ema": {**good, **change}, "config": config} for name, change in changes.items()}
     less = {k: v for k, v in good.items() if "fc1" not in k}
-    for name, state in (("missing", less), ("empty", {}), ("number", 3), ("bomb", Bomb()), ("whole", good)):
+    trained = {k: v for k, v in good.items() if k != "pos_embed"}
+    for name, state in (("missing", less), ("trained", trained), ("empty", {}), ("number", 3), ("bomb", Bomb()), ("whole", good)):
         files[name] = {"ema": state, "config": config}
     files |= {"raw": good, "list": [1], "heads": {"ema": good, "config": {"heads": "four"}},
               "odd": {"ema": good, "config": {"heads": 4, "convention": "edm"}},
@@ -417,7 +447,7 @@ def test_hostile_and_damaged_files_are_refused(tmp_path, monkeypatch):
             "nowhere": "no such file", "no-null-2": "no null class",
             "gvp": "--path-type GVP: only linear", "score": "--prediction score: only velocity",
             "size": 'depth 2 and width 32.*"config": .*"heads": N.*heads=N',
-            "missing": "4 keys are missing .*fc1", "extra": "1 unexpected .*more", "two": "2 do",
+            "trained": "pos_embed is missing, the fixed table .*whole state dict", "missing": "4 keys are missing .*fc1", "extra": "1 unexpected .*more", "two": "2 do",
             "no-null": "no null class", "cut": "it ends early", "flipped": "a checksum is wrong",
             "empty": "should end in x_embedder.proj.weight, 0 do", "odd": "edm is neither sit nor repa"}
     for name in (*files.keys() - {"whole"}, "cut", "flipped", "pickle", "page", "nowhere"):
@@ -436,6 +466,18 @@ def test_a_file_may_be_overwritten_while_it_is_in_use(tmp_path):
     with open(path, "r+b") as file:
         file.write(bytes(path.stat().st_size))
     assert all(torch.equal(v, used.state_dict()[k]) for k, v in net.state_dict().items())
+
+def test_a_mapped_file_is_read_without_its_checksums(tmp_path, monkeypatch):
+    """For ckpt.pt of many GB, which each process of a machine reads."""
+    monkeypatch.chdir(tmp_path)
+    torch.save({"x": torch.ones(1_000_000)}, "whole.pt")
+    damage("whole.pt")
+    x = sit.read_file("flipped.pt", mapped=True)["x"]
+    assert (x != 1).sum() == 1                          # what a checksum would find
+    x += 1                                              # private to the process
+    assert (sit.read_file("flipped.pt", mapped=True)["x"] != 1).sum() == 1
+    with pytest.raises(sit.FileError, match="cut.pt: not a checkpoint .*it ends early"):
+        sit.read_file("cut.pt", mapped=True)
 
 def table(layers):
     """(name, *shape of the weight) of layers -> the shapes of weights and biases."""
@@ -1176,22 +1218,26 @@ def apart(a, b):
     return max(((x - y).norm() / x.norm()).item() for x, y in pairs)
 
 def test_main_job_writes_what_it_promises_and_samples_by_the_authors_rule(work, capsys):
-    run(*SMALL, "--steps", 4, "--save-every", 2, "--out", "o")
-    assert "next: python fmd.py" in capsys.readouterr().out
+    run(*SMALL, "--steps", 4, "--save-every", 2, "--keep-every", 3, "--out", "o")
+    out = capsys.readouterr().out
+    assert "next: python fmd.py" in out and out.index("o/pairs.png has") < out.index('{"step": 1')
     with pytest.raises(SystemExit):
         fmd.parse(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "optimiser steps [P] (1100, 100000, 100000)" in text and "of the samples (1.5)" in text
-    assert "to save memory (False, False, True)" in text
+    assert "optimiser steps (default: 1100)" in text and "--res 256: {'steps': 100000, " in text
+    assert "'checkpointing': True" in text.split("--res 512: ")[1]
     small, middle, large = (fmd.parse(["--res", res]) for res in ("28", "256", "512"))
     assert [s.steps for s in (small, middle, large)] == [1100, 100_000, 100_000]
     assert [s.checkpointing for s in (small, middle, large)] == [False, False, True]
+    assert [s.save_every for s in (small, middle, large)] == [500, 10_000, 2500]
     assert middle.teacher == "SiT-XL/2" and fmd.parse(["--teacher", "a", "--no-bf16"]).teacher == "a"
-    assert sorted(os.listdir("o")) == ["ckpt.pt", "metrics.jsonl", "pairs.png", "student.pt"]
-    for term in ("prediction", "correction", "online", "lambda", "student_norm", "images_per_s", "lr"):
+    assert sorted(os.listdir("o")) == ["ckpt.pt", "metrics.jsonl", "pairs.png", "student-3.pt", "student.pt"]
+    for term in "prediction correction online lambda pull student_norm images_per_s lr".split():
         assert len(logged("o", term)) == 4
     lines = [json.loads(line) for line in open("o/metrics.jsonl")]
-    assert ["endpoint_error" in line for line in lines] == [False, True] * 2
+    assert ["endpoint_error" in line for line in lines] == [False, True, True, True]
+    (third, _), (last, _) = sit.load("o/student-3.pt"), sit.load("o/student.pt")
+    assert not torch.equal(third.final_layer.linear.weight, last.final_layer.linear.weight)
     (net, info), (again, more) = sit.load("o/student.pt"), sit.load("o/ckpt.pt")
     assert info == {"config": net.config, "gamma": [1.0, 2.0], "why": "stated in the file"}
     assert info.items() <= more.items()                 # so the checkpoint can be sampled as well
@@ -1232,7 +1278,7 @@ def test_settings_reach_the_method(work, monkeypatch):
     for high in (0.9, 0.5):                             # correction is guided up to the lower of high and cut
         run(*SMALL, *args, "--steps", 1, "--batch", 4000, "--interval", 0.1, high, "--out", high)
         assert [a[6] for a in seen["guided"][-2:]] == [[0.1, high], (0.1, min(high, 0.6))]
-    assert [(a[0], a[3]) for a in seen["prior"]] == [(2000, [1.2, 1.4])] * 4
+    assert [(a[0], a[3]) for a in seen["prior"]] == [(4000, [1.2, 1.4])] * 2
     logit = torch.logit(seen["correction"][0][5].double())
     assert abs(logit.mean() - 2) < 0.15 and abs(logit.std() - 1.5) < 0.15
     assert seen["student_loss"][0][4:] == (0.5, 2.0)
@@ -1276,6 +1322,22 @@ def test_sampling_commands(work):
     assert np.abs(images[4].astype(int) - images[2]).max() <= 1
     assert not np.array_equal(images[2], images[3])
 
+def test_sampling_killed_half_way_leaves_no_samples(work, monkeypatch):
+    save_net("student.pt", tiny(shape=(1, 8, 8), classes=10, **STUDENT), gamma=[1.0, 2.0])
+    monkeypatch.setattr(fmd, "CHUNK", 4)
+    args, shapes = [*FROM_TEACHER, *"--ckpt student.pt --sample 12 --out o".split()], []
+    def stop(x, decoder, real=sit.to_uint8):
+        shapes.append(x.shape)
+        return real(x) if len(shapes) < 3 else sys.exit("killed")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(sit, "to_uint8", stop)
+        run(*args)
+    assert shapes == [(4, 1, 8, 8)] * 3                 # a chunk at a time
+    assert not Path("o/samples.npz").exists() and not Path("o/samples.png").exists()
+    run(*args)
+    assert sorted(os.listdir("o")) == ["samples.npz", "samples.png"]
+    assert len(np.unique(np.load("o/samples.npz")["arr_0"].reshape(12, -1), axis=0)) == 12
+
 @pytest.mark.parametrize("solver", ["euler", "heun"])
 def test_rollout_command_is_the_rollout(work, solver):
     args = "--rollout 2 --rollout-steps 5 --guidance 2 --labels 7 --out r --solver".split()
@@ -1296,19 +1358,20 @@ def test_rollout_command_is_the_rollout(work, solver):
 BAD = [
     ("--res 27", "argument --res: invalid choice: 27"),
     ("--res abc", "argument --res: invalid int value: 'abc'"),
-    ("--batch 0", "argument --batch: 0 is less than 1"),
-    ("--steps -3", "argument --steps: -3 is less than 1"),
-    ("--correction nan", "--correction: nan is not from 0 to 1"),
-    ("--interval 0.5 2", "--interval: 2 is not from 0 to 1"),
+    ("--batch 0", "--batch 0: give 1 to inf"),
+    ("--steps -3", "--steps -3: give 1 to inf"),
+    ("--correction nan", "--correction nan: give 0 to 1"),
+    ("--interval 0.5 2", r"--interval \[0.5, 2.0\]: give 0 to 1"),
     ("--interval 0.7 0", "--interval 0.7 0.0: give the lower one first"),
     ("--gamma 2 1", "--gamma 2.0 1.0: give the lower one first"),
-    ("--lr -1", "--lr: -1 is not from 0 to 1"),
-    ("--seed 1.5", "argument --seed: invalid natural value"),
-    ("--warmup -1", "argument --warmup: -1 is less than 0"),
+    ("--lr -1", "--lr -1.0: give 0 to 1"),
+    ("--seed 1.5", "argument --seed: invalid int value"),
+    ("--seed -1", "--seed -1: give 0 to inf"),
+    ("--warmup -1", "--warmup -1: give 0 to inf"),
     ("--lable 1", "unrecognized arguments: --lable"),
-    ("--sample 0", "--sample: 0 is less than 1"),
+    ("--sample 0", "--sample 0: give 1 to inf"),
     ("--device tpu", "--device: invalid choice: 'tpu'"),
-    pytest.param("--device cuda", "--device cuda: no GPU 0 here; use cpu", marks=pytest.mark.skipif(
+    pytest.param("--device cuda", "--device cuda: 0 GPUs here, .* --device cpu", marks=pytest.mark.skipif(
         torch.cuda.is_available(), reason="there is a GPU")),
     ("--teacher flipped.pt", "flipped.pt: not a checkpoint.*checksum"),
     ("--teacher latent.pt", r"latent.pt: made for \[4, 32, 32\], not for --res 28"),
@@ -1380,6 +1443,45 @@ def test_notes(work, capsys):
     out = capsys.readouterr().out
     assert "convention repa (REPA is a word of the file's name), labels 0 to 9\n" in out
 
+def test_a_student_to_start_from(work, capsys):
+    """--init: the same network in its own clock and sign, and with other settings; one line if it does
+    not fit."""
+    student = tiny(shape=(1, 8, 8), classes=10, depth=1, convention="repa", **STUDENT)
+    save_net("first.pt", student, gamma=[1.0, 2.0])
+    run(*SMALL, *"--init first.pt --steps 1 --lr 0 --alpha 5 --out o".split())
+    again, _ = sit.load("o/student.pt")
+    z, y, one = torch.randn(3, 1, 8, 8), torch.arange(3), torch.ones(3)
+    assert torch.equal(fmd.average_velocity(again, z, 0.5 * one, y, one),
+                       fmd.average_velocity(student, z, 0.5 * one, y, one))
+    online = sit.from_state_dict(torch.load("o/ckpt.pt", weights_only=True)["online"], heads=4)
+    assert torch.equal(online(z, one, y, gamma=one), sit.load("teacher.pt")[0](z, one, y))
+    for name, extra in (("side", dict(shape=(1, 4, 4))), ("labels", dict(classes=3))):
+        save_net(f"{name}.pt", tiny(**dict(shape=(1, 8, 8), classes=10) | extra, **STUDENT))
+    no = partial(refused, capsys, fmd.main)
+    no([*SMALL, "--init", "side.pt"], r"side.pt: shape \[1, 4, 4\], but the teacher's is \[1, 8, 8\]")
+    no([*SMALL, "--init", "labels.pt"], "labels.pt: classes 3, but the teacher's is 10")
+    no([*SMALL, "--init", "teacher.pt"], "teacher.pt: not a student")
+    no([*SMALL, "--init", "o/student.pt", "--out", "o"], "student.pt would be overwritten, and is read")
+
+def test_a_launcher_may_show_each_process_a_gpu_of_its_own(monkeypatch, capsys):
+    """srun --gpus-per-task=1: process 3 of a machine sees one GPU, number 0. All wait for half an hour."""
+    taken, groups = [], []
+    monkeypatch.setattr(fmd, "LOCAL_RANK", 3)
+    monkeypatch.setattr(fmd, "WORLD", 4)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: taken.append(device.index))
+    monkeypatch.setattr(fmd.dist, "init_process_group", lambda *a, timeout: groups.append(timeout.seconds))
+    for count, index in ((1, 0), (4, 3)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        assert fmd.parse(["--device", "cuda"]).device == "cuda" and fmd.join("cuda").index == index
+    assert taken == [0, 3] and groups == [1800, 1800]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    refused(capsys, fmd.main, ["--device", "cuda"], "2 GPUs here, and this is process 3 .* start fewer")
+
+def test_the_log_on_cuda_has_the_peak_memory(work, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5e9)
+    fmd.report(argparse.Namespace(device="cuda", out=work), {"step": 3}, {}, (), None, saving=False)
+    assert logged(".", "memory_gb") == [5.0]
+
 # ---- A run that survives: signals, kills, damage, other world sizes --------------------------------
 def keep_gradients():
     """Every gradient of a training, before it is clipped, as a file of the process."""
@@ -1445,7 +1547,7 @@ def test_killed_at_any_instant_and_rerun_equals_uninterrupted(work):
     args = [*SMALL, "--steps", 5, "--save-every", 2, "--out"]
     start(0, "die_at(0)", *args, "whole", script=__file__)
     # while the first ckpt.pt is not yet whole; in step 3; as the first, in step 5 -> the step that is kept
-    for instant, step in ((8, 0), (13, 2), (31, 4)):
+    for instant, step in ((10, 0), (15, 2), (32, 4)):
         start(0, f"die_at({instant})", *args, instant, script=__file__, code=-signal.SIGKILL)
         kept = torch.load(f"{instant}/ckpt.pt", weights_only=True)["step"] if step else 0
         done = start(0, "die_at(0)", *args, instant, script=__file__)
@@ -1458,9 +1560,9 @@ def test_killed_at_any_instant_and_rerun_equals_uninterrupted(work):
 def test_what_a_run_refuses_leaves_the_last_checkpoint(work, capsys, monkeypatch):
     args = [*SMALL, "--save-every", 1, "--out", "o", "--steps"]
     run(*args, 2)
-    run(*args, 2)                                       # a finished run, typed again
-    save_net("b.pt", tiny(shape=(1, 8, 8), classes=10))
     no = partial(refused, capsys, fmd.main)
+    no([*args, 2, "--seed", 1], "o/ckpt.pt: .* all its 2 steps; give more by --steps .* or another --out")
+    save_net("b.pt", tiny(shape=(1, 8, 8), classes=10))
     for changed, was in (("--k 2", "k was 1.0"), ("--gamma 1 3", r"gamma was \[1.0, 2.0\]"),
                          ("--r-location 0", "r_location was 0.8"),
                          ("--teacher b.pt", "teacher was teacher.pt")):
@@ -1468,10 +1570,11 @@ def test_what_a_run_refuses_leaves_the_last_checkpoint(work, capsys, monkeypatch
     file = torch.load("o/ckpt.pt", weights_only=True)
     file["online"].popitem()
     torch.save(file, "less.pt")
+    Path("text.pt").write_text("hello")
     damage("o/ckpt.pt")
     os.replace("o/ckpt.pt", "kept.pt")
-    for name, why in (("o/student.pt", "KeyError: 'settings'"), ("less.pt", "RuntimeError"),
-                      ("cut.pt", "it ends early"), ("flipped.pt", "checksum")):
+    for name, why in (("o/student.pt", "KeyError: 'step'"), ("less.pt", "RuntimeError"),
+                      ("cut.pt", "it ends early"), ("text.pt", "neither zip nor pickle")):
         os.link(name, "o/ckpt.pt")                      # another or a damaged file under this name
         no([*args, 3], f"o/ckpt.pt: not a checkpoint.*{why}")
         os.remove("o/ckpt.pt")
@@ -1486,7 +1589,13 @@ def test_what_a_run_refuses_leaves_the_last_checkpoint(work, capsys, monkeypatch
         no([*args, 4], "cannot write o/ckpt.pt", ["o/metrics.jsonl", "o/student.pt", "o/pairs.png"])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    run(*args, 4, "--seed", 1, "--lr", "1e-4", "--batch", 4)        # the rest may change
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    capsys.readouterr()
+    run(*args, 4, "--seed", 1, "--lr", "1e-4", "--batch", 4)        # the rest may change, and is told
+    notes = re.findall("note: (.*)\n", capsys.readouterr().out)
+    was = {note.split(" was ")[0]: note.split(" was ")[1] for note in notes}
+    assert was["seed"] == "0, and is 1" and was["batch"] == "8, and is 4" and was["lr"] == "0.001, and is 0.0001"
+    assert was["torch"].endswith(", and is 9.9") and was["rows_p"] == "6, and is 3" and "processes" not in was
     assert logged("o") == [1, 2, 3, 4] and logged("o", "lr")[-1] < 1e-4
 
 def test_a_rerun_without_its_checkpoint_says_so(work, capsys):
@@ -1513,7 +1622,7 @@ def test_rounding_is_not_scaled_up(work):
     assert rounding < 1e-4 and lam * rounding < 0.1 * logged("o", "prediction")[0] ** 0.5
     G, N = torch.randn(8, 100), 1e-6 * torch.randn(8, 100)
     F_p, F_c = torch.zeros(2, 8, 100, requires_grad=True).unbind(0)
-    loss, lam = fmd.student_loss(F_p, G, F_c, N)
+    loss, lam, _ = fmd.student_loss(F_p, G, F_c, N)
     p, c = torch.autograd.grad(loss, (F_p, F_c))
     assert c.norm() < 0.05 * p.norm() and lam < 2000
 
@@ -1539,9 +1648,9 @@ def fake_cuda(monkeypatch):
     """train(flags) takes one step on fake tensors of device cuda, without files -> student and g; the
     backward pass, for which torch needs a GPU, only gives each weight a gradient of zeros."""
     nets = []
-    def load(source, res, convention, vae, device):
+    def load(source, res, device, convention):
         net = sit.SiT((4, 32, 32), 2, 64, 4, 2, 1000, learn_sigma=True)
-        return net.requires_grad_(False), {}, None
+        return net.requires_grad_(False), {}
     def start_from(teacher, real=sit.start_from, **inputs):
         nets.append(real(teacher, **inputs))
         return nets[-1]
@@ -1551,7 +1660,8 @@ def fake_cuda(monkeypatch):
             p.grad = torch.zeros_like(p) if p.requires_grad else None
     def stop(values):                                   # after the step
         raise StopIteration
-    patches = dict(load=load, start_from=start_from, mean_of_processes=stop, RANK=1,    # it saves nothing
+    monkeypatch.setattr(sit, "start_from", start_from)
+    patches = dict(load=load, load_decoder=lambda *a: None, mean_of_processes=stop, RANK=1,  # it saves nothing
                    join=lambda device: torch.device("cuda:0"), resume=lambda *a: 0,
                    noises=lambda seed, numbers, shape: torch.randn(len(numbers), *shape))
     for name, patch in patches.items():
@@ -1684,32 +1794,23 @@ def test_benchmark_in_miniature(work, monkeypatch, capsys):
     assert all((float(share) == 100) == (name == "whole step") for name, share in shares)
 
 README = (HERE / "README.md").read_text()
-def test_the_readmes_unet_example(tmp_path, monkeypatch):
-    """The README's loop distils a tiny UNet of the opposite clock; the block runs as it stands."""
-    class UNet(torch.nn.Module):                        # s = 0 noise, s = 1 data, output x0 - n
-        def __init__(self):
-            super().__init__()
-            self.time_embed, self.label = torch.nn.Linear(1, 128), torch.nn.Embedding(11, 128)
-            self.down, self.skip = torch.nn.Conv2d(1, 128, 3, 2, 1), torch.nn.Conv2d(1, 1, 1)
-            self.up = torch.nn.ConvTranspose2d(128, 1, 4, 2, 1)
-        def forward(self, x, s, y):
-            c = self.label(y) + self.time_embed(s[:, None])
-            return self.up(nnf.silu(self.down(x) + c[:, :, None, None])) + self.skip(x)
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize("labels", ["--labels", "--no-labels"])
+def test_a_teacher_of_ones_own(tmp_path, monkeypatch, capsys, labels):
+    """The loop for a network of another clock and sign, with labels and without: its student starts as the
+    teacher, both it and g learn, and what is saved and drawn is the average."""
+    monkeypatch.syspath_prepend(HERE / "assets")
+    import own_teacher as own
     torch.manual_seed(0)
-    names = {"load_my_unet": UNet, "range": lambda n: range(min(n, 2))}     # 2 steps, not 20,000
-    exec(block("import copy"), names)
-    assert names["loss"].isfinite() and names["x"].shape == (32, 1, 28, 28)
-    ema, teacher = names["ema"].state_dict(), names["teacher"]
-    saved = torch.load("student.pt", weights_only=True)
-    assert all(torch.equal(value, ema[name]) for name, value in saved.items())
-    student, z, y = names["student"], torch.randn(3, 1, 28, 28), torch.arange(3)
-    for name, p in student.named_parameters():          # both trained, and with δ
-        assert p.grad is not None and p.requires_grad, name
-    student.load_state_dict({**student.state_dict(), **{
-        name.replace("time_embed", "time_embed.time_embed"): p for name, p in teacher.state_dict().items()}})
-    student.time_embed.embed[2].weight.data.zero_()     # at the start the student is the teacher
-    assert torch.allclose(names["F"](student, z, torch.rand(3), y), teacher(z, torch.zeros(3), y))
+    teacher, student, ema = own.main([labels, *"--teacher-steps 30 --steps 2 --out".split(), str(tmp_path)])
+    z, y, t = torch.randn(4, *own.SHAPE), torch.tensor([0, 1, 0, 1]) if labels == "--labels" else None, torch.rand(4)
+    assert sorted(os.listdir(tmp_path)) == ["check.png", "pairs.png", "student.pt"]
+    saved = torch.load(tmp_path / "student.pt", weights_only=True)
+    assert all(torch.equal(value, saved[name]) for name, value in ema.state_dict().items())
+    assert not torch.equal(student.out.weight, teacher.out.weight) and student.time.embed[2].weight.any()
+    fresh = own.TimeAndDuration(teacher.time, own.WIDTH)
+    teacher.time, at_noise = fresh, -teacher(z, torch.zeros(4), y)
+    assert torch.allclose(own.average_velocity(teacher, z, t, y), at_noise)
+    assert float(re.search(r"step 0: .* endpoint error ([\d.]+)", capsys.readouterr().out)[1]) < 1
 
 def block(start):
     return re.search(rf"```python\n({start}.*?)```", README, re.S)[1]

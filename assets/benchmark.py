@@ -6,21 +6,20 @@
     python assets/benchmark.py bundled -- --correction 0  flags of fmd.py follow --
     python assets/benchmark.py memory                     of SiT-XL/2 on a GPU, without a GPU
 
-The parts are timed inside fmd.py's own loop, so nothing is computed twice. Each round also takes one
-forward pass of the student on the whole batch, without gradient: the unit of the column `forwards`. A
-machine that slows down slows both. Times are medians over the rounds. Utilisation (MFU) needs --peak,
-the device's TFLOP/s.
+The parts are calls of fmd.py's functions, one after another, as its loop makes them. Each round also takes
+one forward pass of the student on the whole batch, without gradient: the unit of the column `forwards`. A
+machine that slows down slows both. Times are medians over the rounds. Utilisation (MFU) needs --peak, the
+device's TFLOP/s.
 """
 
 import argparse
-import contextlib
 import re
 import sys
 import tempfile
 import time
 import weakref
+from collections import defaultdict
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
@@ -31,10 +30,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import fmd, sit  # noqa: E401, E402
 
-# A JVP in forward passes. torch's FLOP counter gives 3.2, because each linear layer also multiplies a
-# tangent of its weights, which is zero. The clock gives 3.4 to 4 on a CPU: 4 is counted.
-JVP_PASSES = 4
-WARMUP = 2                      # laps before the first round: train's start, and a step
+JVP_PASSES = 2                  # of a JVP: values, and their derivatives (sit.Linear)
+WARMUP = 2                      # rounds that do not count
 
 
 def forward_flops(config):
@@ -69,98 +66,68 @@ def clock():
     return time.perf_counter()
 
 
-class Stopwatch:
-    """Seconds in functions of the training loop, step by step. Of timed functions that call each
-    other, the outermost counts."""
-    def __init__(self):
-        self.steps = []         # of each step {part: seconds}
-        self.now = {}           # of the present step
-        self.busy = False
+def measure(s, rounds):
+    """-> {part: seconds of each round} of a step with the settings s, and the student's config."""
+    seconds = defaultdict(list)
 
-    def timed(self, part, function):
-        def wrapper(*args, **more):
-            if self.busy or torch.compiler.is_compiling():      # a graph holds no clock
-                return function(*args, **more)
-            self.busy = True
-            start = clock()
-            out = function(*args, **more)
-            self.now[part] = self.now.get(part, 0) + clock() - start
-            self.busy = False
-            return out
-        return wrapper
-
-
-def measure(flags, steps):
-    """Train by fmd.py -> [{part: seconds}] of the steps, the student's config, the settings."""
-    s, watch, student, start = fmd.parse(flags), Stopwatch(), None, 0
-
-    def resume(path, parts, s):                 # train calls it once, with its networks
-        nonlocal student
-        student = parts["student"]
-        return real_resume(path, parts, s)
-
-    def learning_rate(*args):   # train calls it as a step begins. So the last step, which saves, has no end
-        nonlocal start
-        watch.now["whole step"] = clock() - start
-        watch.steps.append(watch.now)
-        watch.now = {}
-        watch.timed("forward", forward)(student, s)
+    def timed(part, function, *args):
         start = clock()
-        return real_learning_rate(*args)
+        with torch.autocast(s.device, torch.bfloat16, enabled=s.bf16):
+            out = function(*args)
+        seconds[part].append(clock() - start)
+        return out
+    device = fmd.join(s.device)
+    teacher, _ = fmd.load(s.teacher, s.res, device)
+    shape, classes = teacher.config["shape"], teacher.config["classes"]
+    student = sit.start_from(teacher, delta=True, gamma=True)
+    online, ema = sit.start_from(teacher, gamma=True), sit.start_from(student).requires_grad_(False)
+    weights = [*student.parameters(), *online.parameters()]
+    optimizer = torch.optim.Adam(weights, s.lr, (0.9, 0.99), fused=True)
+    ddp_student, ddp_online, derivative = fmd.prepare(s, teacher, student, online)
+    rows = [s.rows_p, s.rows_c]
+    for _ in range(WARMUP + rounds):
+        z, y, gamma = fmd.prior(s.batch, shape, classes, s.gamma, device)
+        (z_p, z_c), (y_p, y_c), (gamma_p, gamma_c) = (a.split(rows) for a in (z, y, gamma))
+        delta, r, n = torch.rand_like(gamma_p), torch.rand_like(gamma_c), torch.randn_like(z_c)
+        deltas = torch.cat([delta, torch.ones_like(r)])
+        with torch.no_grad():
+            timed("forward, without gradient", fmd.average_velocity, student, z, deltas, y, gamma)
 
-    def compile(function, **more):
-        compiled = real_compile(function, **more)
-        return watch.timed("derivative", compiled) if function is fmd.duration_derivative else compiled
-
-    real_resume, real_learning_rate, real_compile = fmd.resume, fmd.learning_rate, torch.compile
-    parts = [("draws", fmd, "prior"), ("draws", torch, "rand"), ("draws", torch, "randn_like"),
-             ("student, forward", fmd, "average_velocity"),
-             ("teacher, guided", fmd, "guided"),
-             ("g, forward", sit.SiT, "forward"),        # student and teacher are inside the above
-             ("student and g, backward", torch.Tensor, "backward"),
-             ("clipping", fmd, "clip_grad_norm_"),
-             ("optimiser", torch.optim.Adam, "step")]
-    if not s.compile:
-        parts.append(("derivative", fmd, "duration_derivative"))
-    replaced = [(owner, name, watch.timed(part, getattr(owner, name))) for part, owner, name in parts]
-    replaced += [(fmd, "resume", resume), (fmd, "learning_rate", learning_rate), (torch, "compile", compile),
-                 (fmd, "many_steps", lambda net, z, *more, **flags: z)]     # no samples for evaluation
-    with contextlib.ExitStack() as stack:
-        for owner, name, function in replaced:
-            stack.enter_context(mock.patch.object(owner, name, function))
-        fmd.main([*flags, *f"--steps {steps} --log-every 1000000 --save-every 1000000".split(),
-                  "--eval-samples", "1"])
-    return watch.steps, student.config, s
-
-
-@torch.no_grad()
-def forward(student, s):
-    """The unit: a forward pass of the whole batch, in the precision of training."""
-    shape, classes, device = student.config["shape"], student.config["classes"], student.pos_embed.device
-    z, y, gamma = fmd.prior(s.batch, shape, classes, s.gamma, device)
-    with torch.autocast(s.device, torch.bfloat16, enabled=s.bf16):
-        fmd.average_velocity(student, z, torch.ones_like(gamma), y, gamma)
+        def F(z, delta): return fmd.average_velocity(student, z, delta, y_p, gamma_p)
+        def u_p(x, t): return fmd.guided(teacher, x, t, y_p, gamma_p, classes)
+        def u_c(x, t): return fmd.guided(teacher, x, t, y_c, gamma_c, classes)
+        def g(x, t): return ddp_online(x, t, y_c, gamma=gamma_c)
+        start = clock()
+        F_all = timed("student, forward", fmd.average_velocity, ddp_student, z, deltas, y, gamma)
+        F_p, F_c = F_all.split(rows)
+        F_dot = timed("derivative", derivative, F, z_p, delta)
+        residual_p = timed("prediction: teacher", fmd.prediction, F_p, F_dot, u_p, z_p, delta)
+        residual_c, loss = timed("correction: teacher and g", fmd.correction, F_c, u_c, g, z_c, n, r)
+        loss = loss + fmd.student_loss(F_p, residual_p, F_c, residual_c, s.k, s.alpha)[0]
+        timed("student and g, backward", loss.backward)
+        timed("clipping", fmd.clip_grad_norm_, weights, 1)
+        timed("optimiser", optimizer.step)
+        optimizer.zero_grad()
+        timed("average", torch._foreach_lerp_, [*ema.parameters()], [w.detach() for w in student.parameters()], 0.1)
+        seconds["whole step"].append(clock() - start)
+    return {part: np.array(times[WARMUP:]) for part, times in seconds.items()}, student.config
 
 
 def report(args):
     with tempfile.TemporaryDirectory() as folder:
         flags = [] if args.what == "bundled" else random_files(args.what, args.res, folder)
-        flags += ["--batch", str(args.batch), "--out", folder, *args.flags]
-        steps, config, s = measure(flags, args.rounds + WARMUP)
-    table = {part: np.array([step[part] for step in steps[WARMUP:]]) for part in steps[-1]}
-    whole, unit = table.pop("whole step"), table.pop("forward")
-    rest = whole - sum(table.values())
+        s = fmd.parse([*flags, "--batch", str(args.batch), *args.flags])
+        table, config = measure(s, args.rounds)
+    unit, whole = table["forward, without gradient"], table["whole step"]
     print(f"\n{args.what}, batch {s.batch}, {s.device}, {torch.get_num_threads()} threads")
-    rows = *table.items(), ("the rest: EMA, log, checks", rest), ("whole step", whole)
-    print(f"forward, without gradient     {1e3 * np.median(unit):9.1f} ms{1:8.2f} forwards")
-    for part, seconds in rows:
-        print(f"{part:30}{1e3 * np.median(seconds):9.1f} ms{np.median(seconds / unit):8.2f} forwards"
-              f"{np.median(seconds / whole):8.1%} of a step")
+    for part, seconds in table.items():
+        share = "" if seconds is unit else f"{np.median(seconds / whole):8.1%} of a step"
+        print(f"{part:30}{1e3 * np.median(seconds):9.1f} ms{np.median(seconds / unit):8.2f} forwards{share}")
     flops, step = step_flops(config, s.correction), np.median(whole)
     rate = s.batch * flops / step / 1e12
     used = f", MFU {rate / args.peak:.1%}" if args.peak else ""
     print(f"{flops / 1e9:.3g} GFLOP a sample, {rate:.3g} TFLOP/s{used}, {s.batch / step:.1f} images/s")
-    if torch.device(s.device).type == "cuda":
+    if s.device == "cuda":
         print(f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
 
 

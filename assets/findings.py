@@ -386,7 +386,7 @@ def distil(args, equation, source, seed, folder):
         def u(x, t): return fmd.guided(TEACHER, x, t, y, gamma, NULL)
         F_x = F(x, t, delta)
         residual = equation(F, F_x, u, x, t, delta)
-        loss, _ = fmd.student_loss(F_x, residual, F_x[:0], residual[:0])  # correction has no rows
+        loss, *_ = fmd.student_loss(F_x, residual, F_x[:0], residual[:0])  # correction has no rows
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1)
         optimizer.param_groups[0]["lr"] = 5e-4 * fmd.learning_rate(step, steps, 20, 0.3)
