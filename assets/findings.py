@@ -11,6 +11,10 @@ Tables; with --weights, which names Inception's, they have FID (60 ms an image o
     python assets/findings.py objectives                         prediction, correction, both
     python assets/findings.py settings                           the settings of the paper's Table 1
     python assets/findings.py lengths                            shorter and longer runs
+    python assets/findings.py control                            from one student: prediction alone, and both
+    python assets/findings.py pulls                              the settings, with λ read another way
+    python assets/findings.py forces FILE...                     gradients of both objectives, of students
+    python assets/findings.py residuals FILE...                  Δ_c at noise levels r, beside guidance
     python assets/findings.py speed                              one evaluation against many, and a chart
     python assets/findings.py mismatch                           why no data? And a chart
 
@@ -28,6 +32,7 @@ import os
 import sys
 from functools import cache, partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -63,6 +68,8 @@ LENGTHS = [(f"{name}, {steps} steps", "", f"--steps {steps} {flags}".strip()) fo
            (("preset", ""), ("α = 5, guided at all r", "--alpha 5 --cut 1"),  # of 16000: the bundled one
             ("prediction alone", "--correction 0")) for steps in (1100, 5000, 16000)]
 LENGTHS += [("guided at all r, 16000 steps", "", "--steps 16000 --cut 1")]
+CONTROL = [("prediction alone", "", "--correction 0"), ("α = 1", "", ""), ("α = 5", "", "--alpha 5"),
+           ("α = 10", "", "--alpha 10"), ("α = 20", "", "--alpha 20")]
 
 
 # ---- Digits and their classifier ----
@@ -131,26 +138,27 @@ def inception_moments(path, weights):
 
 @torch.no_grad()
 def classified(path, weights):
-    """-> mean and covariance of the classifier's features; its labels (N,)."""
-    net, moments, labels = network(), fid.Moments(128), []
+    """-> the classifier's features (N, 128), their mean and covariance; its labels (N,)."""
+    net, moments = network(), fid.Moments(128)
     net.load_state_dict(sit.read_file(weights))
-    for x in images(path)[0].split(500):
-        features = net[:-1](x.permute(0, 3, 1, 2) / 127.5 - 1)
-        moments.add(features)
-        labels.append(net[-1](features).argmax(1))
-    return moments.mean_cov(), torch.cat(labels)
+    x = images(path)[0].permute(0, 3, 1, 2) / 127.5 - 1
+    features = torch.cat([net[:-1](part) for part in x.split(500)])
+    moments.add(features)
+    return features, moments.mean_cov(), net[-1](features).argmax(1)
 
 
 def measure(path, args):
     """A file of samples -> {column: number}."""
     (x, y), row = images(path), {}
-    ours, labels = classified(path, args.classifier)
+    features, ours, labels = classified(path, args.classifier)
     for name, other in (("teacher", args.teacher), ("real digits", args.real)):
         if args.weights:
             inception = (inception_moments(file, args.weights) for file in (path, other))
             row[f"FID to {name}"] = fid.frechet_distance(*sum(inception, ()))
-        theirs, _ = classified(other, args.classifier)
+        others, theirs, _ = classified(other, args.classifier)
         row[f"classifier's distance to {name}"] = fid.frechet_distance(*ours, *theirs)
+        precision, recall = fid.precision_recall(features, others)
+        row |= {f"precision to {name}, %": 100 * precision, f"recall to {name}, %": 100 * recall}
     edge = [0, 1, 2, 3, -4, -3, -2, -1]
     corners = x[:, edge][:, :, edge]  # the four of 4 x 4 pixels: black, in MNIST
     row["agreement, %"] = 100 * (labels == y).double().mean().item()
@@ -166,7 +174,7 @@ def print_row(name, seeds, more={}, head=False):
     cells = [name]
     for column in seeds[0]:
         values = [row[column] for row in seeds]
-        figures = 3 if "error" in column or "residual" in column else 1
+        figures = 3 if any(word in column for word in ("error", "residual", "gradient", "pull")) else 1
         deviation = f" ± {np.std(values, ddof=1):.{figures}f}" if len(values) > 1 else ""
         cells.append(f"{np.mean(values):.{figures}f}{deviation}")
     print("|", " | ".join([*cells, *more.values()]), "|", flush=True)
@@ -192,23 +200,24 @@ def samples(args, path, weights, flags):
 
 
 @cache
-def reference(count):
+def reference(count, gamma=GAMMA):
     """Noises of seed 0, their labels, and the teacher's samples φ. Each (count, ...)."""
     z, y = fmd.noises(0, range(count), SHAPE), torch.arange(count) % NULL
-    return z, y, fmd.many_steps(TEACHER, z, y, GAMMA, NULL, 32)
+    return z, y, fmd.many_steps(TEACHER, z, y, gamma, NULL, 32)
 
 
 def measure_student(args, folder):
     """-> the row of the student in a folder. Its endpoint error is the mean of |x - φ| / |φ|, its residuals
     are mean squares of prediction's at fixed durations. All students have the same noises here."""
     weights = folder / "student.pt"
-    path = samples(args, folder / "samples.npz", weights, f"--sample {args.count} --ckpt {weights}")
-    z, y, phi = reference(min(256, args.count))
-    net, gamma = sit.load(weights)[0], torch.full((len(z),), GAMMA)
+    flags = f"--sample {args.count} --guidance {args.guidance} --ckpt {weights}"
+    path = samples(args, folder / "samples.npz", weights, flags)
+    z, y, phi = reference(min(256, args.count), args.guidance)
+    net, gamma = sit.load(weights)[0], torch.full((len(z),), args.guidance)
 
     def F(z, delta): return fmd.average_velocity(net, z, delta, y, gamma)
     def u(x, t): return fmd.guided(TEACHER, x, t, y, gamma, NULL)
-    error = fmd.endpoint_error(fmd.one_step(net, z, y, GAMMA), phi)
+    error = fmd.endpoint_error(fmd.one_step(net, z, y, args.guidance), phi)
     row = measure(path, args) | {"endpoint error": error.mean().item()}
     for duration in (0.8, 0.95):
         delta = torch.full((len(z),), duration)
@@ -225,11 +234,122 @@ def table(args, rows):
         found = []
         for seed in range(args.seeds):
             run = " ".join(f"{steps} {flags} --seed {seed}".split())
-            folder = args.out / run.replace("--", "").replace(" ", "-")
-            command(f"{run} --eval-samples 2 --out {folder}")
+            folder = args.out / run.replace("--", "").translate(str.maketrans(" /", "-_"))
+            if not (folder / "student.pt").exists():
+                command(f"{run} --eval-samples 2 --keep-every 100000 --save-every 1000 --out {folder}")
             found.append(measure_student(args, folder))
         label = f"{name} `{flags}`" if flags else name
         print_row(label, found, {"the paper's FID": paper}, head=name == rows[0][0])
+
+
+def equal_pulls(F_p, residual_p, F_c, residual_c, k, alpha, loss=fmd.student_loss):
+    """λ read another way: from prediction's pull w |Δ_p| in place of |Δ_p|, so that α is `pull` at every k."""
+    size = residual_p.flatten(1).square().mean(1).sqrt()
+    pull = (size.square() + 1e-3) ** -k * size
+    share = (pull.mean() / size.mean()).item() if len(size) else 1
+    return loss(F_p, residual_p, F_c, residual_c, k, alpha * share)
+
+
+def pulls(args):
+    """The settings of the paper's Table 1 under the other reading of λ."""
+    rows = [row for row in SETTINGS if "correction" not in row[0] and "prediction" not in row[0]]
+    with mock.patch.object(fmd, "student_loss", equal_pulls):
+        table(args, [(f"pulls: {name}", paper, flags) for name, paper, flags in rows])
+
+
+def control(args):
+    """A control of correction: the same further steps from one student, without it and with it. Guided, from
+    the bundled student; with --guidance 1 unguided, from a student of prediction alone."""
+    base = f"--init {STUDENT_FILE} --cut 1 --lr 5e-4 --steps 500"
+    if args.guidance == 1:
+        begin = args.out / "begin"
+        if not (begin / "student.pt").exists():
+            command(f"--correction 0 --gamma 1 1 --eval-samples 2 --out {begin}")
+        base = f"--init {begin}/student.pt --gamma 1 1 --lr 5e-4 --steps 600"
+    table(args, [(name, paper, f"{base} {flags}".strip()) for name, paper, flags in CONTROL])
+
+
+# ---- How strong are the objectives? ----
+def converged(student, gammas, steps):
+    """The online network of a student that stands still, trained from the teacher."""
+    g = sit.start_from(TEACHER, gamma=True)
+    optimizer = torch.optim.Adam(g.parameters(), betas=(0.9, 0.99))
+    for step in tqdm(range(steps)):
+        z, y, gamma = fmd.prior(32, SHAPE, NULL, gammas)
+        with torch.no_grad():
+            F_c = fmd.average_velocity(student, z, torch.ones(32), y, gamma)
+        r, n = torch.sigmoid(0.8 + torch.randn(32)), torch.randn_like(z)
+        _, loss = fmd.correction(F_c, lambda x, t: x, lambda x, t: g(x, t, y, gamma=gamma), z, n, r)
+        optimizer.param_groups[0]["lr"] = 5e-4 * fmd.learning_rate(step, steps, 20, 0.3)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return g.requires_grad_(False)
+
+
+def loaded(path):
+    """A student's file -> the student, trainable; the range of γ; g, trained while the student stands."""
+    student, info = sit.load(path)
+    torch.manual_seed(0)
+    g = converged(student, info["gamma"], 300)
+    return student.requires_grad_(True), info["gamma"], g
+
+
+def forces(args):
+    """The gradient of the weights by each objective, over 32 batches of fmd.py's preset: the size of its mean,
+    its noise (standard deviation of one batch), the cosine of both means. g is trained beforehand."""
+    for path in args.files:
+        student, gammas, g = loaded(path)
+        gradients, weights = [], [p for p in student.parameters() if p.requires_grad]
+        for _ in tqdm(range(32)):
+            (z, y, gamma), delta, r = fmd.prior(32, SHAPE, NULL, gammas), torch.rand(24), torch.randn(8)
+            r = torch.sigmoid(0.8 + r)
+            F_all = fmd.average_velocity(student, z, torch.cat([delta, torch.ones(8)]), y, gamma)
+            F_p, F_c = F_all.split([24, 8])
+
+            def F(z, delta): return fmd.average_velocity(student, z, delta, y[:24], gamma[:24])
+            def u_p(x, t): return fmd.guided(TEACHER, x, t, y[:24], gamma[:24], NULL)
+            def u_c(x, t): return fmd.guided(TEACHER, x, t, y[24:], gamma[24:], NULL, (0, 0.7))
+            F_dot = fmd.duration_derivative(F, z[:24], delta)
+            residual_p = fmd.prediction(F_p, F_dot, u_p, z[:24], delta)
+            residual_c, _ = fmd.correction(F_c, u_c, lambda x, t: g(x, t, y[24:], gamma=gamma[24:]), z[24:],
+                                           torch.randn_like(z[24:]), r)
+            pair = []
+            for f_p, f_c in ((F_p, F_c.detach()), (F_p.detach(), F_c)):
+                loss, _, pull = fmd.student_loss(f_p, residual_p, f_c, residual_c)
+                grads = torch.autograd.grad(loss, weights, retain_graph=True)
+                pair.append(torch.cat([grad.flatten() for grad in grads]))
+            gradients.append(torch.stack(pair))
+        gradients = torch.stack(gradients)                          # (batches, 2, weights)
+        noise = gradients.var(0).sum(1)                             # of prediction, of correction
+        mean = gradients.mean(0)
+        size = (mean.square().sum(1) - noise / len(gradients)).clamp(0).sqrt()
+        row = {}
+        for i, name in enumerate(("prediction", "correction")):
+            row |= {f"{name}: mean gradient": size[i].item(),
+                    f"{name}: noise of the gradient": noise[i].sqrt().item()}
+        row["cosine of the mean gradients"] = torch.cosine_similarity(*mean, dim=0).item()
+        print_row(str(path), [row | {"pull": pull.item()}], head=path == args.files[0])
+
+
+def residuals(args):
+    """Mean squares of Δ_c, with the teacher guided, and of guidance itself, u_γ - u_1, at levels r of noise."""
+    for path in args.files:
+        student, gammas, g = loaded(path)
+        z, y, gamma = fmd.prior(512, SHAPE, NULL, gammas)
+        F_c = fmd.average_velocity(student, z, torch.ones(512), y, gamma).detach()
+        n, row = torch.randn_like(z), {}
+        for level in (0.1, 0.3, 0.5, 0.7, 0.9):
+            r, seen = torch.full((512,), level), []
+
+            def u(x, t):
+                seen.append(fmd.guided(TEACHER, x, t, y, gamma, NULL))
+                seen.append(fmd.guided(TEACHER, x, t, y, 1.0, NULL))
+                return seen[0]
+            residual, _ = fmd.correction(F_c, u, lambda x, t: g(x, t, y, gamma=gamma), z, n, r)
+            row |= {f"residual at r = {level}": fmd.mean_square(residual).item(),
+                    f"residual of guidance at {level}": fmd.mean_square(seen[0] - seen[1]).item()}
+        print_row(str(path), [row], head=path == args.files[0])
 
 
 # ---- Charts ----
@@ -432,7 +552,8 @@ def run(args):
 
 
 def main(argv=None):
-    findings = {f.__name__: f for f in (digits, classifier, quality, speed, mismatch, strip, run)}
+    findings = {f.__name__: f for f in (digits, classifier, quality, control, pulls, forces, residuals, speed,
+                                        mismatch, strip, run)}
     for name, rows in (("objectives", OBJECTIVES), ("settings", SETTINGS), ("lengths", LENGTHS)):
         findings[name] = partial(table, rows=rows)
     parser = argparse.ArgumentParser(description=__doc__,
@@ -444,6 +565,7 @@ def main(argv=None):
     add("--part", default="last", choices=("first", "last"), help="of MNIST's training digits")
     add("--count", type=int, default=10_000, help="digits, or samples of a row")
     add("--steps", type=int, help="of a training")
+    add("--guidance", type=float, default=GAMMA, help="γ of a table's samples; --teacher must have the same")
     add("--seeds", type=int, default=3)
     add("--only", nargs="+", default=[""], help="rows of a table of students with this in their names")
     add("--real", type=expanded, default=Path("out/real.npz"))
