@@ -25,13 +25,13 @@ A step of training, in formulas:
 
 |Δ| is the root mean square of one sample's numbers. Prediction makes the student's path follow the
 teacher's, but small errors add up along the path. Correction compares where paths end, as a
-distribution. With the paper's k = 1 a sample pulls F with w |Δ_p|, about 1 / |Δ_p|: the smaller its
-residual, the harder. The paper wants that, because prediction then yields to correction where it is
-least certain. λ makes |λ Δ_c| as large as α |Δ_p|, not as the pull w |Δ_p|. So correction weakens
-as prediction converges; the log has the ratio of the two pulls, `pull`.
+distribution. F, u and g also take a class label y and a guidance strength γ: the student learns the
+guided velocity, and samples with one evaluation.
 
-F, u and g also take a class label y and a guidance strength γ: the student learns the guided
-velocity, and samples with one evaluation.
+How hard each sample pulls at F: in prediction with w |Δ_p|, about 1 / |Δ_p| with the paper's k = 1.
+So small residuals pull harder, and where prediction fails, it yields to correction. λ makes the
+*residuals* equal, |λ Δ_c| and |Δ_p|, not the pulls: correction pulls with α |Δ_p|, and weakens as
+prediction converges. The log has the ratio of the pulls, `pull`.
 
 If you know MeanFlow: here the start z of a path is fixed. So ∂F/∂δ is a partial derivative, without
 a term (v·∇)F.
@@ -42,8 +42,7 @@ a term (v·∇)F.
   python fmd.py --sample 100 --guidance 1.5 --labels 7     one-step samples of the student
   python fmd.py --rollout 100 --solver heun                many-step samples of the teacher
 
-Sections 1 to 5 are the method. [P] marks what is from the paper, [ours] a choice that it does not
-make.
+Sections 1 to 5 are the method. [P] marks a value of the paper, [ours] a choice that it leaves open.
 """
 
 import argparse
@@ -205,11 +204,10 @@ def student_loss(F_p, residual_p, F_c, residual_c, k=1.0, alpha=1.0, eps=1e-3):
         pull = λ mean|Δ_c| / mean(w |Δ_p|)           how strong correction's rows are, for the log
     |Δ| is the root mean square of a row's numbers. MeanFlow (arXiv 2505.13447) writes the loss as
     sg(w) |F - sg(F - Δ)|², where sg stops the gradient: the same gradient, up to a constant.
-    w is for prediction alone. With the paper's k = 1 a row pulls with |Δ_p| / (|Δ_p|² + ε): the
-    smaller the residual, the harder, down to |Δ_p| = √ε. Correction has no w: its rows keep the
-    weights of their noise levels, and pull with λ |Δ_c|, on average α mean|Δ_p|. That is about
-    α |Δ_p|² times a row of prediction, so correction fades as prediction converges.
-    ε is [ours]. In w it bounds the pull of small residuals. In λ it keeps rounding small: at the
+    w is for prediction alone. Correction's rows keep the weights of their noise levels.
+    The paper's text can be read in another way: λ from w |Δ_p|, so that pull = α at every k. This
+    is the formula as printed; assets/RESULTS.md compares both.
+    ε is [ours]. In w it bounds the pull of residuals below √ε. In λ it keeps rounding small: at the
     first step g is the teacher, so Δ_c without guidance is rounding error alone.
     F_p, residual_p (P, ...); F_c, residual_c (C, ...). If P or C is 0, λ is α and pull is 0."""
     residual_p, residual_c = residual_p.detach(), residual_c.detach()
@@ -229,17 +227,17 @@ def train(s):
     """Distil. s: the settings of section 6. Writes student.pt, ckpt.pt, metrics.jsonl and pairs.png
     to s.out. The same command, repeated, goes on from ckpt.pt. Each of WORLD processes runs this
     function on its share of the batch; process 0 prints and writes.
-    If you copy this: all three networks are in float32, or the average rounds away, and without
-    dropout. --bf16 is autocast."""
+    If you copy this: keep the weights in float32, or the average rounds away (bfloat16 is for
+    autocast), and have no dropout in the three networks."""
     device = join(s.device)
     teacher, _ = load(s.teacher, s.res, device, s.convention)
-    decoder = load_decoder(s.vae, s.res, device)
+    decoder = sit.load_decoder(fetch(s.vae)).to(device) if s.res > 28 else None
     shape, classes = teacher.config["shape"], teacher.config["classes"]
     null = classes  # ∅ comes after the last class
 
-    # ---- Networks. All start as the teacher; the new embedders of δ and γ give 0 at first. So F
-    # ignores δ and γ: it is the unguided u(z, 1). And g is the unguided teacher: at first Δ_c is
-    # u(γ = 1) - u(γ), pure guidance, and holds nothing about the student. That g takes γ is [ours].
+    # ---- Networks. All start as the teacher; the new embedders of δ and γ give 0 at first. So F is
+    # the unguided u(z, 1) at every δ, and g is the unguided u: at first Δ_c is guidance alone, and
+    # holds nothing about the student. That g takes γ is [ours].
     torch.manual_seed(s.seed)
     student = sit.start_from(initial(s, teacher), delta=True, gamma=True)
     online = sit.start_from(teacher, gamma=True)  # g
@@ -249,10 +247,10 @@ def train(s):
     parts = {"student": student, "online": online, "ema": ema, "optimizer": optimizer}
     first = resume(s, parts)
     fixed = references(s, teacher)
-    if RANK == 0:  # before the first step: a wrong clock or sign of the teacher is seen here
+    if RANK == 0:
         error = compare(s, ema, fixed, decoder)
-        say(f"step {first}: endpoint error {error:.3f}; {s.out / 'pairs.png'} has the teacher's "
-            "samples beside the student's")
+        say(f"step {first}: endpoint error {error:.3f}. See {s.out / 'pairs.png'}: if the left of "
+            "a pair, the teacher's sample, looks wrong, its clock or sign is")
     ddp_student, ddp_online, derivative = prepare(s, teacher, student, online)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=s.bf16)
     rows = [s.rows_p // WORLD, s.rows_c // WORLD]  # of prediction, of correction
@@ -263,8 +261,7 @@ def train(s):
         rate = s.lr * learning_rate(step, s.steps, s.warmup, s.decay_from)
         optimizer.param_groups[0]["lr"] = rate  # set anew, so a resumed run may change --lr
 
-        # ---- One forward pass of the student, for rows of prediction, at any δ, and of correction,
-        # at δ = 1.
+        # ---- The student, once for all rows. Prediction's have any δ; correction's are samples.
         z, y, gamma = prior(sum(rows), shape, classes, s.gamma, device)
         (z_p, z_c), (y_p, y_c), (gamma_p, gamma_c) = (a.split(rows) for a in (z, y, gamma))
         delta_p, one = torch.rand_like(gamma_p), torch.ones_like(gamma_c)
@@ -272,7 +269,7 @@ def train(s):
             F_all = average_velocity(ddp_student, z, torch.cat([delta_p, one]), y, gamma)
         F_p, F_c = F_all.split(rows)
 
-        # ---- Prediction. ∂F/∂δ needs no gradient: it is a pass of its own, by the bare student.
+        # ---- Prediction. ∂F/∂δ, without gradient, is a pass of its own, by the bare student.
         def F(z, delta): return average_velocity(student, z, delta, y_p, gamma_p)
         def u_p(x, t): return guided(teacher, x, t, y_p, gamma_p, null, s.interval)
         with autocast:
@@ -296,9 +293,7 @@ def train(s):
         online_norm = clip_grad_norm_(online.parameters(), 1)
         optimizer.step()
         optimizer.zero_grad()
-        # The average spans the last ninth of the steps so far, at most 1 / (1 - ema) of them: with
-        # 0.9999, from step 90,000 on.
-        decay = min(s.ema, (1 + step) / (10 + step))
+        decay = min(s.ema, (1 + step) / (10 + step))  # it spans a ninth of the steps so far
         for average, weight in zip(ema.parameters(), student.parameters()):
             average.lerp_(weight.detach(), 1 - decay)
 
@@ -354,7 +349,7 @@ def parse(argv=None):
     add("--batch", type=int, default=32, help="rows a step, of all processes")
     add("--lr", type=float, default=1e-3, help="peak rate of student and g")
     add("--warmup", type=int, default=20, help="steps up to the peak")
-    add("--decay-from", type=float, default=0.3, help="share of steps before the fall to 0")
+    add("--decay-from", type=float, default=0.3, help="share of steps before the fall; 1: none")
     add("--ema", type=float, default=0.99, help="decay of the student's average")
     add("--seed", type=int, default=0, help="of every draw")
     add("--bf16", action=switch, default=False, help="in training, networks compute in bfloat16")
@@ -363,7 +358,8 @@ def parse(argv=None):
     add("--device", choices=("cuda", "cpu"), help="cuda: a GPU for each process",
         default="cuda" if torch.cuda.is_available() else "cpu")
     # Files and the log.
-    add("--teacher", type=path, default="assets/teacher-mnist.pt", help="file, URL or released name")
+    add("--teacher", type=path, default="assets/teacher-mnist.pt",
+        help="file, URL or name in sit.RELEASED")
     add("--convention", choices=("sit", "repa"), help="clock and sign of its file, if not found")
     add("--init", type=path, help="start from this student, in place of the teacher")
     add("--vae", type=path, help="decoder of the latents")
@@ -390,7 +386,7 @@ def parse(argv=None):
 
 
 def check(s, error):
-    """Settings that cannot work -> error(text), which exits. One of them is named, and what to give."""
+    """Settings that cannot work -> error(text), which exits. Adds the rows of each objective."""
     limits = {(1, np.inf): "steps batch log_every save_every keep_every eval_samples rollout_steps "
                            "sample rollout",
               (0, np.inf): "warmup seed", (0, 1): "correction cut interval lr decay_from ema"}
@@ -404,15 +400,15 @@ def check(s, error):
             error(f"--{name} {low} {high}: give the lower one first")
     gpus = torch.cuda.device_count()  # where a launcher shows each process its own, it has number 0
     if s.device == "cuda" and not (gpus == 1 or LOCAL_RANK < gpus):
-        error(f"--device cuda: {gpus} GPUs here, and this is process {LOCAL_RANK} of the machine, from "
-              "0; start fewer, or use --device cpu")
+        error(f"--device cuda: {gpus} GPUs here, none for process {LOCAL_RANK} of this machine; "
+              "start fewer processes, or use --device cpu")
     s.rows_c = round(s.batch * s.correction)
     s.rows_p = s.batch - s.rows_c
     if s.sample or s.rollout:
         return
     if s.rows_p % WORLD or s.rows_c % WORLD:
-        error(f"--batch {s.batch}: {WORLD} processes cannot share {s.rows_p} rows of prediction and "
-              f"{s.rows_c} of correction; give multiples of {WORLD}")
+        error(f"--batch {s.batch}: {WORLD} processes cannot share {s.rows_p} rows of prediction "
+              f"and {s.rows_c} of correction; give multiples of {WORLD}")
     read = [Path(source or "").resolve() for source in (s.teacher, s.vae, s.init)]
     for name in ("student.pt", "ckpt.pt"):
         if (s.out / name).resolve() in read:
@@ -457,8 +453,7 @@ def noises(seed, numbers, shape):
 
 
 def learning_rate(step, steps, warmup, decay_from):
-    """The share of the peak rate: a linear rise over `warmup` steps, 1, then a linear fall to 0 from
-    the share `decay_from` of the steps on; 1: no fall."""
+    """The share of the peak rate: a linear rise over `warmup` steps, 1, then a linear fall to 0."""
     fall = (steps - step) / max(1.0, steps * (1 - decay_from))
     return min((step + 1) / (warmup + 1), 1.0, fall)
 
@@ -484,11 +479,6 @@ def load(source, res, device, convention=None, student=False):
         raise sit.FileError(f"{source}: made for {shape}, not for --res {res}")
     say(f"{source}: convention {convention} ({info['why']}), labels 0 to {classes - 1}")
     return net.to(device), info
-
-
-def load_decoder(source, res, device):
-    """The decoder of latents, or None where pixels need none. Raises sit.FileError."""
-    return sit.load_decoder(fetch(source)).to(device) if res > 28 else None
 
 
 def initial(s, teacher):
@@ -532,7 +522,7 @@ def save(s, parts, step):
 
 
 def recorded(s):
-    """What a run depends on, for ckpt.pt: the settings, torch's version and the processes."""
+    """What a run depends on, as ckpt.pt keeps it."""
     return vars(s) | {"out": str(s.out), "torch": str(torch.__version__), "processes": WORLD}
 
 
@@ -549,10 +539,11 @@ def resume(s, parts):
         changed = {name: value for name, value in file["settings"].items() if now[name] != value}
         for name in METHOD:
             if name in changed:
-                raise sit.FileError(f"{path}: {name} was {changed[name]}; give that, or another --out")
+                raise sit.FileError(f"{path}: {name} was {changed[name]}; "
+                                    "give that, or another --out")
         if step >= s.steps:
-            raise sit.FileError(f"{path}: this run has all its {step} steps; give more by --steps to go "
-                                "on, or another --out to begin another")
+            raise sit.FileError(f"{path}: this run has all its {step} steps; give more --steps, "
+                                "or another --out for another run")
         for name, part in parts.items():
             part.load_state_dict(file[name])
     for name, value in changed.items():
@@ -603,7 +594,7 @@ def endpoint_error(x, phi):
 
 
 def references(s, teacher):
-    """Fixed noises, all labels in turn, a middle γ, and φ, the teacher's samples -> z, y, γ, φ."""
+    """-> z, y, γ, φ: fixed noises, all labels in turn, a middle γ, the teacher's samples."""
     z = noises(s.seed, range(s.eval_samples), teacher.config["shape"]).to(teacher.pos_embed.device)
     y = torch.arange(len(z), device=z.device) % teacher.config["classes"]
     gamma = sum(s.gamma) / 2
@@ -612,7 +603,7 @@ def references(s, teacher):
 
 
 def compare(s, student, fixed, decoder):
-    """The student's endpoint error on fixed noises. pairs.png: φ and the student's samples, in pairs."""
+    """-> the student's endpoint error. Draws pairs.png: φ and its samples, side by side."""
     z, y, gamma, phi = fixed
     x = one_step(student, z, y, gamma)
     pairs = torch.stack([phi, x], 1)[:50].flatten(0, 1)
@@ -637,7 +628,7 @@ def sample(s):
     if s.sample:
         file, source = s.out / "samples.npz", s.ckpt or s.out / "student.pt"
     net, info = load(source, s.res, device, s.convention, student=bool(s.sample))
-    decoder = load_decoder(s.vae, s.res, device)
+    decoder = sit.load_decoder(fetch(s.vae)).to(device) if s.res > 28 else None
     (channels, *sides), classes = net.config["shape"], net.config["classes"]
     labels = s.labels or range(classes)
     if not 0 <= min(labels) <= max(labels) < classes:

@@ -108,7 +108,8 @@ def measure(s, rounds):
         timed("clipping", fmd.clip_grad_norm_, weights, 1)
         timed("optimiser", optimizer.step)
         optimizer.zero_grad()
-        timed("average", torch._foreach_lerp_, [*ema.parameters()], [w.detach() for w in student.parameters()], 0.1)
+        current = [weight.detach() for weight in student.parameters()]
+        timed("average", torch._foreach_lerp_, [*ema.parameters()], current, 0.1)
         seconds["whole step"].append(clock() - start)
     return {part: np.array(times[WARMUP:]) for part, times in seconds.items()}, student.config
 

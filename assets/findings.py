@@ -243,7 +243,7 @@ def table(args, rows):
 
 
 def equal_pulls(F_p, residual_p, F_c, residual_c, k, alpha, loss=fmd.student_loss):
-    """λ read another way: from prediction's pull w |Δ_p| in place of |Δ_p|, so that α is `pull` at every k."""
+    """λ read another way: from w |Δ_p|, prediction's pull, in place of |Δ_p|. Then α is `pull` at every k."""
     size = residual_p.flatten(1).square().mean(1).sqrt()
     pull = (size.square() + 1e-3) ** -k * size
     share = (pull.mean() / size.mean()).item() if len(size) else 1
@@ -296,12 +296,12 @@ def loaded(path):
 
 
 def forces(args):
-    """The gradient of the weights by each objective, over 32 batches of fmd.py's preset: the size of its mean,
-    its noise (standard deviation of one batch), the cosine of both means. g is trained beforehand."""
+    """The gradient of the weights by each objective, over --batches of fmd.py's preset: the size of its
+    mean, its noise (standard deviation of one batch), the cosine of both means. g is trained beforehand."""
     for path in args.files:
         student, gammas, g = loaded(path)
         gradients, weights = [], [p for p in student.parameters() if p.requires_grad]
-        for _ in tqdm(range(32)):
+        for _ in tqdm(range(args.batches)):
             (z, y, gamma), delta, r = fmd.prior(32, SHAPE, NULL, gammas), torch.rand(24), torch.randn(8)
             r = torch.sigmoid(0.8 + r)
             F_all = fmd.average_velocity(student, z, torch.cat([delta, torch.ones(8)]), y, gamma)
@@ -333,7 +333,7 @@ def forces(args):
 
 
 def residuals(args):
-    """Mean squares of Δ_c, with the teacher guided, and of guidance itself, u_γ - u_1, at levels r of noise."""
+    """Mean squares of Δ_c, with a guided teacher, and of guidance alone, u_γ - u_1, at levels r of noise."""
     for path in args.files:
         student, gammas, g = loaded(path)
         z, y, gamma = fmd.prior(512, SHAPE, NULL, gammas)
@@ -565,6 +565,7 @@ def main(argv=None):
     add("--part", default="last", choices=("first", "last"), help="of MNIST's training digits")
     add("--count", type=int, default=10_000, help="digits, or samples of a row")
     add("--steps", type=int, help="of a training")
+    add("--batches", type=int, default=32, help="of forces")
     add("--guidance", type=float, default=GAMMA, help="γ of a table's samples; --teacher must have the same")
     add("--seeds", type=int, default=3)
     add("--only", nargs="+", default=[""], help="rows of a table of students with this in their names")

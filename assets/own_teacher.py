@@ -89,7 +89,8 @@ def average_velocity(net, z, delta, y):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--labels", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--teacher-steps", type=int, default=1500)
     parser.add_argument("--steps", type=int, default=1000)
@@ -126,7 +127,8 @@ def main(argv=None):
         z, y, n = torch.randn(16, *SHAPE), labels(16), torch.randn(16, *SHAPE)
         r = torch.sigmoid(0.8 + torch.randn(16))
         F_c = average_velocity(student, z, torch.ones(16), y)
-        residual_c, g_loss = correction(F_c, lambda x, t: u(x, t, y, 0.7), lambda x, t: velocity(g, x, t, y), z, n, r)
+        residual_c, g_loss = correction(F_c, lambda x, t: u(x, t, y, 0.7),     # unguided at r above 0.7
+                                        lambda x, t: velocity(g, x, t, y), z, n, r)
 
         loss = student_loss(F_p, residual_p, F_c, residual_c)[0] + g_loss
         optimizer.zero_grad(), loss.backward(), optimizer.step()

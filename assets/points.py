@@ -87,7 +87,8 @@ def left_panel(axes, F):
     for slope, colour, name, below in ((slope_v, STUDENT, "$v$", True), (slope_u, TEACHER, "$u$", False)):
         end = (at.item() + long, (x + long * slope).item())
         axes.annotate("", end, (at.item(), x.item()), arrowprops=dict(arrowstyle="-|>", color=colour, lw=2.5))
-        axes.annotate(name, end, (4, -12 if below else 6), textcoords="offset points", color=colour, fontsize=14)
+        axes.annotate(name, end, (4, -12 if below else 6), textcoords="offset points", color=colour,
+                      fontsize=14)
     tips = [(at.item() + long, (x + long * slope).item()) for slope in (slope_u, slope_v)]
     axes.annotate("", tips[1], tips[0], arrowprops=dict(arrowstyle="<|-|>", color="black", lw=2))
     axes.annotate("$Δ_p$", ((tips[0][0]), (tips[0][1] + tips[1][1]) / 2), (8, -5), textcoords="offset points",
@@ -121,15 +122,18 @@ def right_panel(axes, F, g, r=0.35):
     difference = g(x, torch.full((15,), r)) - u(x, torch.full((15,), r))
     zero = torch.zeros(15)
     axes.axhline(-0.06, color="#888888", linewidth=0.8)
-    axes.quiver(x[:, 0], zero - 0.06, -difference[:, 0], zero, angles="xy", scale_units="xy", scale=7, width=0.006)
-    axes.annotate("samples move along $-Δ_c = u - g$", (0, -0.06), (0, -18), textcoords="offset points", ha="center")
+    axes.quiver(x[:, 0], zero - 0.06, -difference[:, 0], zero, angles="xy", scale_units="xy", scale=7,
+                width=0.006)
+    axes.annotate("samples move along $-Δ_c = u - g$", (0, -0.06), (0, -18), textcoords="offset points",
+                  ha="center")
     axes.set(xlabel=f"$x_r = (1 - r)x + rn$,  r = {r}", ylabel="density", yticks=[], ylim=(-0.16, 0.7))
     axes.legend(loc="upper center", ncols=2, frameon=False)
     axes.set_title("Correction: samples of both under noise,\nvelocity g of the student's against u")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=150, help="of student and g")
     parser.add_argument("--pictures", type=expanded, default=HERE, help="folder of the picture")
     args = parser.parse_args(argv)
