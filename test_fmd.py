@@ -477,6 +477,7 @@ def test_a_mapped_file_is_read_without_its_checksums(tmp_path, monkeypatch):
     damage("whole.pt")
     x = sit.read_file("flipped.pt", mapped=True)["x"]
     assert (x != 1).sum() == 1                          # what a checksum would find
+    assert "/flipped.pt" in Path("/proc/self/maps").read_text()
     x += 1                                              # private to the process
     assert (sit.read_file("flipped.pt", mapped=True)["x"] != 1).sum() == 1
     with pytest.raises(sit.FileError, match="cut.pt: not a checkpoint .*it ends early"):
