@@ -513,10 +513,10 @@ def save(s, parts, step):
     ema = parts["ema"]
     about = {"config": ema.config, "gamma": s.gamma}
     student = {"ema": sit.released_names(ema.state_dict())} | about
+    sit.write(s.out / "student.pt", partial(torch.save, student))
+    if step % s.keep_every == 0:
+        sit.write(s.out / f"student-{step}.pt", partial(torch.save, student))
     states = {name: part.state_dict() for name, part in parts.items()}
-    names = ["student.pt"] + [f"student-{step}.pt"] * (step % s.keep_every == 0)
-    for name in names:
-        sit.write(s.out / name, partial(torch.save, student))
     run = {"step": step, "settings": recorded(s)}
     sit.write(s.out / "ckpt.pt", partial(torch.save, about | states | run))
 
@@ -637,32 +637,35 @@ def sample(s):
     if s.sample and not low <= s.guidance <= high:
         say(f"note: --guidance {s.guidance}: the student was trained with {low} to {high}")
 
-    # ---- The images lie in a file that all processes map, so each holds no more than a chunk.
-    part = file.with_suffix(".part")
+    # ---- Each process writes its rows into one file, so that it holds no more than a chunk.
+    pixels, clock = file.with_suffix(".pixels"), time.perf_counter()
     if RANK == 0:
         s.out.mkdir(parents=True, exist_ok=True)
-        size = (s.res, s.res, 3) if decoder else (*sides, channels)
-        np.lib.format.open_memmap(part, "w+", np.uint8, (total, *size))
+        pixels.write_bytes(b"")
     if WORLD > 1:
         dist.barrier()
-    images, clock = np.load(part, mmap_mode="r+"), time.perf_counter()
     mine = range(total)[RANK * total // WORLD:(RANK + 1) * total // WORLD]  # may be empty
-    for start in tqdm(range(0, len(mine), CHUNK), disable=RANK > 0 or None):
-        rows = mine[start:start + CHUNK]
-        z = noises(s.seed, rows, net.config["shape"]).to(device)
-        y = torch.tensor([labels[i % len(labels)] for i in rows], device=device)
-        if s.sample:
-            x = one_step(net, z, y, s.guidance)
-        else:
-            x = many_steps(net, z, y, s.guidance, classes, s.rollout_steps, s.solver, s.interval)
-        images[rows.start:rows.stop] = sit.to_uint8(x, decoder)
+    with open(pixels, "r+b") as writer:
+        for start in tqdm(range(0, len(mine), CHUNK), disable=RANK > 0 or None):
+            rows = mine[start:start + CHUNK]
+            z = noises(s.seed, rows, net.config["shape"]).to(device)
+            y = torch.tensor([labels[i % len(labels)] for i in rows], device=device)
+            if s.sample:
+                x = one_step(net, z, y, s.guidance)
+            else:
+                x = many_steps(net, z, y, s.guidance, classes, s.rollout_steps, s.solver, s.interval)
+            images = sit.to_uint8(x, decoder).numpy()
+            writer.seek(rows.start * images[0].size)
+            writer.write(images.tobytes())
     if WORLD > 1:
         dist.barrier()
     if RANK == 0:
         seconds = time.perf_counter() - clock
+        size = (s.res, s.res, 3) if decoder else (*sides, channels)
+        images = np.memmap(pixels, np.uint8, "r", shape=(total, *size))
         sit.write(file, partial(np.savez, arr_0=images, arr_1=np.resize(labels, total)))
-        save_grid(file.with_suffix(".png"), torch.from_numpy(images[:100]))
-        part.unlink()
+        save_grid(file.with_suffix(".png"), torch.tensor(images[:100]))
+        pixels.unlink()
         say(f"{file}: {total} samples of {source}, {1e3 * seconds / total:.2f} ms each")
 
 
