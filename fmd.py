@@ -20,18 +20,20 @@ A step of training, in formulas:
                                           learned by g, minus the teacher's
 
   F moves against w Δ_p and λ Δ_c         w = 1 / (|Δ_p|² + ε)^k, a number for each sample;
-                                          λ = α mean|Δ_p| / (mean|Δ_c| + ε), one for all
+                                          λ = α mean|Δ_p| / (mean|Δ_c| + ε), a number for a batch
   g(x_r, r) moves towards x - n           so g, a third network, learns E[x - n | x_r]
 
 |Δ| is the root mean square of one sample's numbers. Prediction makes the student's path follow the
 teacher's, but small errors add up along the path. Correction compares where paths end, as a
 distribution. F, u and g also take a class label y and a guidance strength γ: the student learns the
-guided velocity, and samples with one evaluation.
+guided velocity, and samples with one evaluation. (In Δ_c, u is guided at low noise r alone.)
 
-How hard each sample pulls at F: in prediction with w |Δ_p|, about 1 / |Δ_p| with the paper's k = 1.
-So small residuals pull harder, and where prediction fails, it yields to correction. λ makes the
-*residuals* equal, |λ Δ_c| and |Δ_p|, not the pulls: correction pulls with α |Δ_p|, and weakens as
-prediction converges. The log has the ratio of the pulls, `pull`.
+How hard a sample pulls at F is the size of its term above. With the paper's k = 1 a sample of
+prediction pulls with w |Δ_p|, about 1 / |Δ_p|. So small residuals pull harder than large ones, and
+samples that prediction cannot fit yet do not drown correction. λ makes the mean of |λ Δ_c| equal to
+α times the mean of |Δ_p|, without w. The two pulls are not equal: at |Δ_p| = 0.3 and α = 1,
+prediction pulls with 3.3 and correction with 0.3. The log has their ratio, `pull`. It falls as
+prediction converges.
 
 If you know MeanFlow: here the start z of a path is fixed. So ∂F/∂δ is a partial derivative, without
 a term (v·∇)F.
@@ -42,7 +44,7 @@ a term (v·∇)F.
   python fmd.py --sample 100 --guidance 1.5 --labels 7     one-step samples of the student
   python fmd.py --rollout 100 --solver heun                many-step samples of the teacher
 
-Sections 1 to 5 are the method. [P] marks a value of the paper, [ours] a choice that it leaves open.
+Sections 1 to 5 are the method. [P] marks what is the paper's, [ours] what it leaves open.
 """
 
 import argparse
@@ -51,7 +53,6 @@ import json
 import os
 import sys
 import time
-import warnings
 from functools import partial
 from pathlib import Path
 
@@ -99,7 +100,7 @@ def same_shape(v, x):
 def guided(net, x, t, y, gamma, null, interval=(0.0, 1.0)):
     """Classifier-free guidance u(x|∅) + γ (u(x|y) - u(x|∅)), by one call of net(x, t, y).
     x (B, ...); t, y (B,); gamma (B,) or a number; null, the index of the label ∅ -> like x.
-    γ is 1, no guidance, for t outside the interval. All channels are guided (DiT's code: three)."""
+    γ is 1, no guidance, for t outside the interval. All channels are guided."""
     low, high = interval
     gamma = torch.where((low <= t) & (t <= high), gamma, 1.0)
     labels = torch.cat([y, torch.full_like(y, null)])
@@ -110,9 +111,9 @@ def guided(net, x, t, y, gamma, null, interval=(0.0, 1.0)):
 @torch.no_grad()
 def rollout(u, z, steps, solver="heun"):
     """Integrate dx/dδ = u(x, 1 - δ) from z at δ = 0 to δ = 1 on a uniform grid -> like z (B, ...).
-    u(x, t) takes x (B, ...) and t (B,). Euler calls it once a step, Heun twice. Heun's last step is
-    Euler's, as in EDM (arXiv 2206.00364, Algorithm 1), but not as usual in flow matching: at t = 0
-    x holds no noise to remove, and a trained u leaves specks on it. Raises ValueError."""
+    u(x, t) takes x (B, ...) and t (B,). Euler calls it once a step, Heun twice. But Heun's last
+    step is Euler's, as in EDM (arXiv 2206.00364, Algorithm 1), because a second call would be at
+    t = 0, where x holds no noise, and a trained u leaves specks. Raises ValueError."""
     if solver not in ("euler", "heun"):
         raise ValueError(f"solver {solver}: must be euler or heun")
     x = z
@@ -144,10 +145,11 @@ def duration_derivative(F, z, delta):
     Jacobian-vector product with tangent 1 on δ, in forward mode: no step size to choose.
     Fused attention has no forward derivative, so this call takes the plain kernel.
     If you copy this, the network in F
-    - is the bare one: DDP's wrapper would prepare a backward pass that never comes;
-    - has no dropout, of conditions neither, and no wrapper that checkpoints activations;
-    - has no custom kernel without a forward derivative;
-    - embeds δ smoothly, as it is. A clock that is rounded, or multiplied by 1,000, ruins ∂F/∂δ."""
+    - is the bare one: DDP's wrapper would prepare a backward pass that never comes. Under FSDP the
+      weights must be gathered for this call;
+    - has no dropout, neither of activations nor of conditions;
+    - has no kernel without a forward derivative, and checkpoints no activations in this call;
+    - embeds δ as it is. Rounded it has no derivative, and times 1,000 it has a huge one."""
     with sdpa_kernel(SDPBackend.MATH):
         return torch.func.jvp(lambda d: F(z, d), (delta,), (torch.ones_like(delta),))[1]
 
@@ -155,7 +157,7 @@ def duration_derivative(F, z, delta):
 # ---- 4. The objectives ----
 @torch.no_grad()
 def prediction(F_value, F_dot, u, z, delta):
-    """Prediction (paper, Eq. 7 to 9) -> its residual, like z; the paper's Δ_G:
+    """Prediction (paper, Eq. 7 to 9) -> its residual, like z, which the paper calls Δ_G:
         Δ_p = v - u(f(z, δ), 1 - δ),  with v = ∂f/∂δ = F + δ ∂F/∂δ.
     f starts at z. If Δ_p is 0 at all δ, then ∂f/∂δ = u(f, 1 - δ): f is the teacher's path.
     u is taken at the *student's* state, so neither the teacher's path nor data are needed.
@@ -168,7 +170,7 @@ def prediction(F_value, F_dot, u, z, delta):
 
 
 def correction(F_value, u, g, z, n, r):
-    """Correction (paper, Eq. 10 and 11) -> its residual, like z (the paper's Δ_N); the loss of g.
+    """Correction (paper, Eq. 10 and 11) -> its residual, like z, the paper's Δ_N; the loss of g.
         x = f(z, 1)                        a sample of the student
         x_r = (1 - r) x + r n              the sample under noise
         Δ_c = E[x - n | x_r] - u(x_r, r)   velocity of the student's noised samples minus teacher's
@@ -176,10 +178,11 @@ def correction(F_value, u, g, z, n, r):
     Why it works, with the score the gradient of the log density of noised samples:
         x - n = (x_r - n) / (1 - r)  and  E[n | x_r] = -r score(x_r), so
         Δ_c = r / (1 - r) (student's score - teacher's score) at x_r.
-    The mean over n of (1 - r) (student's score - teacher's score) is the gradient, with respect to
-    x, of KL(student, teacher) under noise r, as in DMD (arXiv 2311.18828). Both factors depend on
-    r alone: they weight the noise levels. And x = z + F(z, 1), so a step of F against Δ_c moves x
-    against it. (A guided u is not exactly the velocity of a distribution.)
+    The mean over n of (1 - r) (student's score - teacher's score) is the gradient of
+    KL(student, teacher) under noise r when one sample x moves, as in DMD (arXiv 2311.18828). The
+    factors r / (1 - r) and 1 - r depend on r alone: they weight the noise levels. And
+    x = z + F(z, 1), so a step of F against Δ_c moves x against it. (A guided u is not exactly the
+    velocity of a distribution.)
     F_value = F(z, 1), z, n (B, ...); r (B,); u(x, t), g(x, t). Raises ValueError.
     If you copy this: g starts from the teacher's weights, and this loss alone trains it."""
     x = flow_map(F_value, z, torch.ones_like(r)).detach()  # g's loss moves g alone
@@ -199,16 +202,14 @@ def student_loss(F_p, residual_p, F_c, residual_c, k=1.0, alpha=1.0, eps=1e-3):
     """The student's loss -> loss; λ; pull. The loss is made to have the gradient w Δ_p / M in F_p
     and λ Δ_c / M in F_c, so that descent moves F against both residuals. Its value means nothing.
         loss = (Σ F_p · w Δ_p + λ Σ F_c · Δ_c) / M   Δ, w, λ constant; M numbers in all
-        w = 1 / (|Δ_p|² + ε)^k                       one for each row (paper, Table 1)
-        λ = α mean|Δ_p| / (mean|Δ_c| + ε)            one for each process
-        pull = λ mean|Δ_c| / mean(w |Δ_p|)           how strong correction's rows are, for the log
+        w = 1 / (|Δ_p|² + ε)^k                       one for each row [P]
+        λ = α mean|Δ_p| / (mean|Δ_c| + ε)            one for each process's batch [P]
+        pull = λ mean|Δ_c| / mean(w |Δ_p|)           for the log [ours]
     |Δ| is the root mean square of a row's numbers. MeanFlow (arXiv 2505.13447) writes the loss as
     sg(w) |F - sg(F - Δ)|², where sg stops the gradient: the same gradient, up to a constant.
-    w is for prediction alone. Correction's rows keep the weights of their noise levels.
-    The paper's text can be read in another way: λ from w |Δ_p|, so that pull = α at every k. This
-    is the formula as printed; assets/RESULTS.md compares both.
     ε is [ours]. In w it bounds the pull of residuals below √ε. In λ it keeps rounding small: at the
-    first step g is the teacher, so Δ_c without guidance is rounding error alone.
+    first step g is the teacher, so where the teacher is unguided, Δ_c is rounding error alone.
+    If you copy this: with few rows a process, average both means of λ over the processes.
     F_p, residual_p (P, ...); F_c, residual_c (C, ...). If P or C is 0, λ is α and pull is 0."""
     residual_p, residual_c = residual_p.detach(), residual_c.detach()
     size_p = residual_p.flatten(1).square().mean(1).sqrt()  # |Δ_p|, (P,)
@@ -235,9 +236,9 @@ def train(s):
     shape, classes = teacher.config["shape"], teacher.config["classes"]
     null = classes  # ∅ comes after the last class
 
-    # ---- Networks. All start as the teacher; the new embedders of δ and γ give 0 at first. So F is
-    # the unguided u(z, 1) at every δ, and g is the unguided u: at first Δ_c is guidance alone, and
-    # holds nothing about the student. That g takes γ is [ours].
+    # ---- Networks. All start as the teacher (with --init F does not). The new embedders of δ and γ
+    # give 0 at first, so F is the unguided u(z, 1) at every δ, and g is the unguided u. Δ_c then is
+    # guidance alone; it tells about the student once g has learned. That g takes γ is [ours].
     torch.manual_seed(s.seed)
     student = sit.start_from(initial(s, teacher), delta=True, gamma=True)
     online = sit.start_from(teacher, gamma=True)  # g
@@ -250,7 +251,7 @@ def train(s):
     if RANK == 0:
         error = compare(s, ema, fixed, decoder)
         say(f"step {first}: endpoint error {error:.3f}. See {s.out / 'pairs.png'}: if the left of "
-            "a pair, the teacher's sample, looks wrong, its clock or sign is")
+            "each pair, the teacher's sample, looks like noise, its clock or sign is wrong")
     ddp_student, ddp_online, derivative = prepare(s, teacher, student, online)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=s.bf16)
     rows = [s.rows_p // WORLD, s.rows_c // WORLD]  # of prediction, of correction
@@ -276,8 +277,8 @@ def train(s):
             F_dot = derivative(F, z_p, delta_p)
             residual_p = prediction(F_p, F_dot, u_p, z_p, delta_p)
 
-        # ---- Correction. At r above the cut its teacher is unguided, while prediction's is guided
-        # in the whole interval. The paper's FID for cut 0.6, 0.7 and 1: 5.72, 5.63, 8.65.
+        # ---- Correction. Its teacher is guided up to the noise level `cut` alone: that gave the
+        # paper better samples, FID 5.63 with a cut at 0.7 and 8.65 without one.
         n, logit = torch.randn_like(z_c), torch.randn_like(gamma_c)
         r = torch.sigmoid(s.r_location + s.r_scale * logit)  # LogitNormal, mostly high noise
         low, high = s.interval[0], min(s.interval[1], s.cut)
@@ -293,11 +294,11 @@ def train(s):
         online_norm = clip_grad_norm_(online.parameters(), 1)
         optimizer.step()
         optimizer.zero_grad()
-        decay = min(s.ema, (1 + step) / (10 + step))  # it spans a ninth of the steps so far
+        decay = min(s.ema, (1 + step) / (10 + step))  # at first it spans a ninth of the steps
         for average, weight in zip(ema.parameters(), student.parameters()):
             average.lerp_(weight.detach(), 1 - decay)
 
-        # ---- Log the means since the last line. Summing waits for no GPU.
+        # ---- Log the means since the last line. The sums stay on the GPU until then.
         terms = {"prediction": mean_square(residual_p), "correction": mean_square(residual_c),
                  "online": online_loss.detach(), "lambda": lam, "pull": pull,
                  "student_norm": student_norm, "online_norm": online_norm}
@@ -314,7 +315,8 @@ def train(s):
 
 
 # ---- 6. Settings ----
-# The defaults below are for --res 28, pixels of any size. At 256 and 512, latents, these differ:
+# The defaults below are for --res 28: digits, or any pixels. At 256 and 512, of latents, these
+# differ. [P]: batch and steps; [ours]: the others.
 AT_256 = dict(steps=100_000, batch=256, lr=1e-4, warmup=1000, decay_from=1.0, ema=0.9999,
               bf16=True, compile=True, teacher="SiT-XL/2", vae="sd-vae-ft-ema", out="out/256",
               log_every=50, save_every=10_000, keep_every=10_000, eval_samples=64)
@@ -323,19 +325,14 @@ AT_512 = AT_256 | dict(checkpointing=True, teacher="SiT-XL/2-512", out="out/512"
 METHOD = "teacher convention init correction k alpha gamma interval cut r_location r_scale".split()
 
 
-class HelpFormat(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Prints each default, and the text above as it stands."""
-
-
 def parse(argv=None):
     """The command line -> a namespace of settings. Bad input exits with one line and code 2."""
-    epilog = f"--res 256: {AT_256}\n\n--res 512: {AT_512}"
-    parser = argparse.ArgumentParser("fmd.py", description=__doc__, epilog=epilog,
-                                     allow_abbrev=False, formatter_class=HelpFormat)
+    parser = argparse.ArgumentParser("fmd.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda text: parser.exit(2, f"fmd.py: {text}\n" if RANK == 0 else None)
     add, path, switch = parser.add_argument, os.path.expanduser, argparse.BooleanOptionalAction
     add("--res", type=int, default=28, choices=(28, 256, 512), help="28: pixels, else latents")
-    # The method. [P]: the default is the paper's.
+    # The method. [P]: the default is the paper's; the other defaults are [ours].
     add("--correction", type=float, default=0.25, help="correction's share of the batch [P]")
     add("--k", type=float, default=1.0, help="exponent of w, the weights of prediction [P]")
     add("--alpha", type=float, default=1.0, help="strength of correction [P]")
@@ -377,6 +374,8 @@ def parse(argv=None):
     add("--solver", choices=("heun", "euler"), default="heun", help="of the rollout")
     add("--rollout-steps", type=int, default=32, help="steps of the rollout")
 
+    defaults = vars(parser.parse_args([]))
+    parser.epilog = f"--res 28: {defaults}\n\n--res 256: {AT_256}\n\n--res 512: {AT_512}"
     res = parser.parse_known_args(argv)[0].res
     parser.set_defaults(**{28: {}, 256: AT_256, 512: AT_512}[res])
     s = parser.parse_args(argv)
@@ -386,7 +385,7 @@ def parse(argv=None):
 
 
 def check(s, error):
-    """Settings that cannot work -> error(text), which exits. Adds the rows of each objective."""
+    """Settings that cannot work -> error(text), which exits. Adds rows_p and rows_c, of a batch."""
     limits = {(1, np.inf): "steps batch log_every save_every keep_every eval_samples rollout_steps "
                            "sample rollout",
               (0, np.inf): "warmup seed", (0, 1): "correction cut interval lr decay_from ema"}
@@ -398,7 +397,7 @@ def check(s, error):
     for name, (low, high) in (("gamma", s.gamma), ("interval", s.interval)):
         if low > high:
             error(f"--{name} {low} {high}: give the lower one first")
-    gpus = torch.cuda.device_count()  # where a launcher shows each process its own, it has number 0
+    gpus = torch.cuda.device_count()  # 1 where a launcher shows each process its own GPU alone
     if s.device == "cuda" and not (gpus == 1 or LOCAL_RANK < gpus):
         error(f"--device cuda: {gpus} GPUs here, none for process {LOCAL_RANK} of this machine; "
               "start fewer processes, or use --device cpu")
@@ -441,8 +440,8 @@ def mean_of_processes(values):
 
 
 def step_seed(seed, step, rank):
-    """A hash of seed and process, plus the step. (torch's CPU generator keeps 32 bits of a seed. If
-    the step were hashed too, some of 100,000 steps would share their draws.)"""
+    """A hash of seed and process, plus the step. So a run of another seed has other draws, and no
+    two steps of a run share theirs (torch's CPU generator keeps 32 bits of a seed)."""
     return int(np.random.SeedSequence((seed, rank)).generate_state(1)[0]) + step
 
 
@@ -473,7 +472,7 @@ def load(source, res, device, convention=None, student=False):
     else its file holds. Raises sit.FileError."""
     net, info = sit.load(fetch(source), convention=convention)
     shape, classes, convention = (net.config[name] for name in ("shape", "classes", "convention"))
-    if not net.config["delta"] == net.config["gamma"] == student:
+    if (net.config["delta"], net.config["gamma"]) != (student, student):
         raise sit.FileError(f"{source}: not a {'student' if student else 'teacher'}")
     if (res > 28 and shape != [4, res // 8, res // 8]) or (res == 28 and shape[0] == 4):
         raise sit.FileError(f"{source}: made for {shape}, not for --res {res}")
@@ -582,7 +581,7 @@ def one_step(student, z, y, gamma):
     return flow_map(average_velocity(student, z, one, y, gamma * one), z, one)
 
 
-def many_steps(teacher, z, y, gamma, null, steps=16, solver="heun", interval=(0.0, 1.0)):
+def many_steps(teacher, z, y, gamma, null, steps=32, solver="heun", interval=(0.0, 1.0)):
     """The teacher's samples, by a guided rollout. z (B, ...), y (B,), gamma a number."""
     def u(x, t): return guided(teacher, x, t, y, gamma, null, interval)
     return rollout(u, z, steps, solver)
@@ -598,7 +597,7 @@ def references(s, teacher):
     z = noises(s.seed, range(s.eval_samples), teacher.config["shape"]).to(teacher.pos_embed.device)
     y = torch.arange(len(z), device=z.device) % teacher.config["classes"]
     gamma = sum(s.gamma) / 2
-    phi = many_steps(teacher, z, y, gamma, teacher.config["classes"], interval=s.interval)
+    phi = many_steps(teacher, z, y, gamma, teacher.config["classes"], 16, interval=s.interval)
     return z, y, gamma, phi
 
 
@@ -653,7 +652,8 @@ def sample(s):
             if s.sample:
                 x = one_step(net, z, y, s.guidance)
             else:
-                x = many_steps(net, z, y, s.guidance, classes, s.rollout_steps, s.solver, s.interval)
+                x = many_steps(net, z, y, s.guidance, classes, s.rollout_steps, s.solver,
+                               s.interval)
             images = sit.to_uint8(x, decoder).numpy()
             writer.seek(rows.start * images[0].size)
             writer.write(images.tobytes())
@@ -682,8 +682,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    if hasattr(sys.stdout, "reconfigure"):  # a terminal may have no δ
-        sys.stdout.reconfigure(errors="backslashreplace")
-    # Raised inside torch by the first JVP, and of no use to a reader of the log.
-    warnings.filterwarnings("ignore", message=".*torch.jit.script.*is deprecated")
     main()
