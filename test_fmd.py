@@ -1766,6 +1766,16 @@ def test_findings_in_miniature(tmp_path, monkeypatch, capsys):
     assert [row[0].split(" `")[0] for row in rows] == ["| prediction alone", "| correction alone", "| both"]
     assert head[-4:-1] == ["endpoint error", "residual at 0.8", "residual at 0.95"]
     assert all(re.fullmatch(r"\d+\.\d{3}", value) for row in rows for value in row[-4:-1])
+    student = str(HERE / "assets/student-mnist.pt")
+    findings.main(["forces", student, *"--steps 2 --batches 2".split(), *files])
+    findings.main(["residuals", student, *"--steps 2".split(), *files])
+    forces, _, row, residuals, _, other = capsys.readouterr().out.strip().splitlines()
+    assert "cosine of the mean gradients | pull |" in forces and "residual of guidance at 0.9 |" in residuals
+    assert all(-1 <= float(cell) < 9 for cell in (row + other).split("|")[2:8])
+    F_p, F_c = torch.zeros(2, 3, 5, requires_grad=True)
+    for k in (0, 0.5, 1):           # the other reading of λ: α is the pull at every k
+        found = findings.equal_pulls(F_p, torch.randn(3, 5), F_c, 7 * torch.randn(3, 5), k, 0.3)
+        assert found[2].item() == pytest.approx(0.3, rel=1e-3)
     findings.main(["speed", "--count", "12", *files])
     evaluations = re.findall(r"^\| (?:teacher|student).*?, (\d+) \|", capsys.readouterr().out, re.M)
     assert evaluations == ["1", "4", "8", "16", "32", "62"]

@@ -287,11 +287,11 @@ def converged(student, gammas, steps):
     return g.requires_grad_(False)
 
 
-def loaded(path):
+def loaded(path, steps):
     """A student's file -> the student, trainable; the range of γ; g, trained while the student stands."""
     student, info = sit.load(path)
     torch.manual_seed(0)
-    g = converged(student, info["gamma"], 300)
+    g = converged(student, info["gamma"], steps or 300)
     return student.requires_grad_(True), info["gamma"], g
 
 
@@ -299,7 +299,7 @@ def forces(args):
     """The gradient of the weights by each objective, over --batches of fmd.py's preset: the size of its
     mean, its noise (standard deviation of one batch), the cosine of both means. g is trained beforehand."""
     for path in args.files:
-        student, gammas, g = loaded(path)
+        student, gammas, g = loaded(path, args.steps)
         gradients, weights = [], [p for p in student.parameters() if p.requires_grad]
         for _ in tqdm(range(args.batches)):
             (z, y, gamma), delta, r = fmd.prior(32, SHAPE, NULL, gammas), torch.rand(24), torch.randn(8)
@@ -335,7 +335,7 @@ def forces(args):
 def residuals(args):
     """Mean squares of Δ_c, with a guided teacher, and of guidance alone, u_γ - u_1, at levels r of noise."""
     for path in args.files:
-        student, gammas, g = loaded(path)
+        student, gammas, g = loaded(path, args.steps)
         z, y, gamma = fmd.prior(512, SHAPE, NULL, gammas)
         F_c = fmd.average_velocity(student, z, torch.ones(512), y, gamma).detach()
         n, row = torch.randn_like(z), {}
@@ -536,7 +536,7 @@ def strip(args):
     """Ten noises by the teacher and by the student. A guided step of Euler takes two evaluations."""
     z, y, _ = reference(10)
     rows = {f"teacher, {2 * steps} evaluations": fmd.many_steps(TEACHER, z, y, GAMMA, NULL, steps, "euler")
-            for steps in (1, 2, 4, 32)}
+            for steps in (1, 2, 4, 8, 32)}
     student = sit.load(STUDENT_FILE)[0]
     picture(args, "strip", rows | {"student, 1 evaluation": fmd.one_step(student, z, y, GAMMA)})
 
