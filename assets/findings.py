@@ -69,7 +69,7 @@ LENGTHS = [(f"{name}, {steps} steps", "", f"--steps {steps} {flags}".strip()) fo
             ("prediction alone", "--correction 0")) for steps in (1100, 5000, 16000)]
 LENGTHS += [("guided at all r, 16000 steps", "", "--steps 16000 --cut 1")]
 CONTROL = [("prediction alone", "", "--correction 0"), ("α = 1", "", ""), ("α = 5", "", "--alpha 5"),
-           ("α = 10", "", "--alpha 10"), ("α = 20", "", "--alpha 20")]
+           ("α = 7", "", "--alpha 7"), ("α = 10", "", "--alpha 10"), ("α = 20", "", "--alpha 20")]
 
 
 # ---- Digits and their classifier ----
@@ -259,8 +259,8 @@ def pulls(args):
 
 def control(args):
     """A control of correction: the same further steps from one student, without it and with it. Guided, from
-    the bundled student; with --guidance 1 unguided, from a student of prediction alone."""
-    base = f"--init {STUDENT_FILE} --cut 1 --lr 5e-4 --steps 500"
+    --start; with --guidance 1 unguided, from a student of prediction alone."""
+    base = f"--init {args.start} --cut 1 --lr 5e-4 --steps 500"
     if args.guidance == 1:
         begin = args.out / "begin"
         if not (begin / "student.pt").exists():
@@ -565,6 +565,7 @@ def main(argv=None):
     add("--part", default="last", choices=("first", "last"), help="of MNIST's training digits")
     add("--count", type=int, default=10_000, help="digits, or samples of a row")
     add("--steps", type=int, help="of a training")
+    add("--start", type=expanded, default=STUDENT_FILE, help="of control: a student")
     add("--batches", type=int, default=32, help="of forces")
     add("--guidance", type=float, default=GAMMA, help="γ of a table's samples; --teacher must have the same")
     add("--seeds", type=int, default=3)
