@@ -1233,6 +1233,7 @@ def test_main_job_writes_what_it_promises_and_samples_by_the_authors_rule(work, 
     small, middle, large = (fmd.parse(["--res", res]) for res in ("28", "256", "512"))
     assert [s.steps for s in (small, middle, large)] == [1100, 100_000, 100_000]
     assert [s.checkpointing for s in (small, middle, large)] == [False, False, True]
+    assert [(s.alpha, s.cut) for s in (small, middle, large)] == [(5, 1), (1, 0.7), (1, 0.7)]
     assert [s.save_every for s in (small, middle, large)] == [500, 10_000, 2500]
     assert middle.teacher == "SiT-XL/2" and fmd.parse(["--teacher", "a", "--no-bf16"]).teacher == "a"
     assert sorted(os.listdir("o")) == ["ckpt.pt", "metrics.jsonl", "pairs.png", "student-3.pt", "student.pt"]
@@ -1266,7 +1267,7 @@ def test_every_setting_trains(work, extra):
             ("prediction", "correction", "online", "lambda", "student_norm", "online_norm")}
     absent = {"--correction 0": {"correction", "online", "online_norm"}, "--correction 1": {"prediction"}}
     assert {term for term, value in last.items() if value == 0} == absent.get(extra, set())
-    assert last["lambda"] == 1 or extra not in absent   # α, where a part is empty
+    assert last["lambda"] == 5 or extra not in absent   # α, where a part is empty
 
 def test_settings_reach_the_method(work, monkeypatch):
     """Each setting is seen where it belongs: in the draws, in the guidance of its part, in the loss."""

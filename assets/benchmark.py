@@ -4,7 +4,7 @@
     python assets/benchmark.py                            the bundled teacher, batch 64
     python assets/benchmark.py SiT-B/2 --batch 4          a named size, random weights, latents
     python assets/benchmark.py bundled -- --correction 0  flags of fmd.py follow --
-    python assets/benchmark.py memory                     of SiT-XL/2 on a GPU, without a GPU
+    python assets/benchmark.py memory                     on a GPU, without a GPU
 
 The parts are calls of fmd.py's functions, one after another, as its loop makes them. Each round also takes
 one forward pass of the student on the whole batch, without gradient: the unit of the column `forwards`. A
@@ -187,18 +187,19 @@ def derivative_peak(net, rows):
 
 
 def memory(args):
-    """SiT-XL/2 on a GPU in bfloat16, in GB. `weights`: those of student, g, EMA and teacher, and
+    """SiTs on a GPU in bfloat16, in GB. `weights`: those of student, g, EMA and teacher, and
     gradients and two moments of student and g. `again`: with --checkpointing, where one block at a
     time is computed again. `derivative`: its peak, beside which the activations of the student are
     alive. So a step needs the sum."""
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     torch.cuda.is_bf16_supported = lambda *a, **k: True
-    print("| side | rows | weights | activations | again | derivative | in all | in all, again |\n"
+    print("| | rows | weights | activations | again | derivative | in all | in all, again |\n"
           "|---|---|---|---|---|---|---|---|")
     exact = sit.nnf.scaled_dot_product_attention
     with FakeTensorMode(), torch.device("cuda"):
-        for side, rows in ((256, 32), (256, 64), (256, 256), (512, 32), (512, 64), (512, 256)):
-            depth, width, heads = sit.SIZES["XL"]
+        for size, side, rows in (("XL", 256, 32), ("XL", 256, 256), ("XL", 512, 32), ("XL", 512, 256),
+                                 ("L", 256, 32), ("B", 256, 256)):
+            depth, width, heads = sit.SIZES[size]
             net = sit.SiT((4, side // 8, side // 8), depth, width, heads, 2, 1000, delta=True, gamma=True)
             weights = 10 * sum(p.nbytes for p in net.parameters())
             slope = derivative_peak(net, rows * 3 // 4)
@@ -208,7 +209,7 @@ def memory(args):
             again = activations(net, rows) + activations(net, rows // 4) + plain / depth
             sit.nnf.scaled_dot_product_attention = exact
             sizes = weights, plain, again, slope, weights + plain + slope, weights + again + slope
-            print(f"| {side} | {rows} | {' | '.join(f'{size / 1e9:.0f}' for size in sizes)} |")
+            print(f"| {size}/2 at {side} | {rows} | {' | '.join(f'{part / 1e9:.0f}' for part in sizes)} |")
 
 
 def main(argv=None):
