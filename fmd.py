@@ -26,7 +26,7 @@ A step of training, in formulas:
 |Δ| is the root mean square of one sample's numbers. Prediction makes the student's path follow the
 teacher's, but small errors add up along the path. Correction compares where paths end, as a
 distribution. F, u and g also take a class label y and a guidance strength γ: the student learns the
-guided velocity, and samples with one evaluation. (In Δ_c, u is guided at low noise r alone.)
+guided velocity, and samples with one evaluation. (In Δ_c, u is guided at r up to --cut alone.)
 
 How hard a sample pulls at F is the size of its term above. With the paper's k = 1 a sample of
 prediction pulls with w |Δ_p|, about 1 / |Δ_p|. So small residuals pull harder than large ones, and
