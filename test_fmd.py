@@ -1228,7 +1228,8 @@ def test_main_job_writes_what_it_promises_and_samples_by_the_authors_rule(work, 
     with pytest.raises(SystemExit):
         fmd.parse(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "'steps': 1100, " in text.split("--res 28: ")[1] and "--res 256: {'steps': 100000, " in text
+    assert "'steps': 1100, " in text.split("--res 28: ")[1]
+    assert "'alpha': 1.0, 'cut': 0.7, 'steps': 100000, " in text.split("--res 256: ")[1]
     assert "'checkpointing': True" in text.split("--res 512: ")[1]
     small, middle, large = (fmd.parse(["--res", res]) for res in ("28", "256", "512"))
     assert [s.steps for s in (small, middle, large)] == [1100, 100_000, 100_000]
