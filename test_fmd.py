@@ -1221,7 +1221,11 @@ def apart(a, b):
              for net in ("student", "ema", "online")]
     return max(((x - y).norm() / x.norm()).item() for x, y in pairs)
 
-def test_main_job_writes_what_it_promises_and_samples_by_the_authors_rule(work, capsys):
+def test_main_job_writes_what_it_promises_and_samples_by_the_authors_rule(work, capsys, monkeypatch):
+    def rate(*a, real=fmd.learning_rate):
+        assert Path("o/pairs.png").exists()             # before the first step
+        return real(*a)
+    monkeypatch.setattr(fmd, "learning_rate", rate)
     run(*SMALL, "--steps", 4, "--save-every", 2, "--keep-every", 3, "--out", "o")
     out = capsys.readouterr().out
     assert "next: python fmd.py" in out and out.index("See o/pairs.png") < out.index('{"step": 1')
@@ -1271,14 +1275,15 @@ def test_every_setting_trains(work, extra):
     assert last["lambda"] == 5 or extra not in absent   # α, where a part is empty
 
 def test_settings_reach_the_method(work, monkeypatch):
-    """Each setting is seen where it belongs: in the draws, in the guidance of its part, in the loss."""
+    """Each setting is seen where it belongs: in the draws, in the guidance of its part, in the loss. And
+    of the student's one pass each objective has its rows, with its δ and z."""
     seen = {}
     def spy(name):
         def call(*a, real=getattr(fmd, name), **k):
             seen.setdefault(name, []).append(a)
             return real(*a, **k)
         monkeypatch.setattr(fmd, name, call)
-    for name in ("prior", "correction", "guided", "student_loss"):
+    for name in ("prior", "average_velocity", "prediction", "correction", "guided", "student_loss"):
         spy(name)
     args = "--gamma 1.2 1.4 --cut 0.6 --r-location 2 --r-scale 1.5 --k 0.5 --alpha 2 --correction 0.5".split()
     for high in (0.9, 0.5):                             # correction is guided up to the lower of high and cut
@@ -1288,6 +1293,14 @@ def test_settings_reach_the_method(work, monkeypatch):
     logit = torch.logit(seen["correction"][0][5].double())
     assert abs(logit.mean() - 2) < 0.15 and abs(logit.std() - 1.5) < 0.15
     assert seen["student_loss"][0][4:] == (0.5, 2.0)
+    whole = next(a for a in seen["average_velocity"] if len(a[1]) == 4000)
+    predicted, corrected = seen["prediction"][0], seen["correction"][0]
+    z_p, z_c = whole[1].split(2000)
+    delta_p, delta_c = whole[2].split(2000)
+    assert torch.equal(predicted[3], z_p) and torch.equal(corrected[3], z_c)
+    assert torch.equal(predicted[4], delta_p) and (delta_p < 1).all() and (delta_c == 1).all()
+    assert torch.equal(predicted[0], seen["student_loss"][0][0])
+    assert torch.equal(corrected[0], seen["student_loss"][0][2]) and not torch.equal(predicted[0], corrected[0])
 
 def test_a_teacher_without_a_picture_trains_and_is_saved(work, capsys):
     save_net("pixels.pt", tiny(shape=(16, 8, 8), classes=10))
