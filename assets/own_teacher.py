@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A teacher of your own: any flow-matching network, here a small UNet with another clock and sign.
+"""A teacher of your own: any flow-matching network, here a small network with another clock and sign.
 
     python assets/own_teacher.py                     with labels, guided at γ = 1.5
     python assets/own_teacher.py --no-labels         an unconditional teacher
@@ -24,27 +24,26 @@ from fmd import correction, duration_derivative, guided, prediction, rollout, st
 # ---- YOURS: the network, its shape and labels, its clock and sign, the module that embeds time ----
 SHAPE, CLASSES, GAMMA = (1, 16, 16), 2, 1.5
 NULL = CLASSES          # the label of "any class", for guidance
-WIDTH = 64              # of the embedding of time
+WIDTH = 512             # of the embedding of time
 
 
-class UNet(nn.Module):
+class Net(nn.Module):
     """net(x, s, y): s is 0 at noise and 1 at data, and the output points from data to noise."""
     def __init__(self):
         super().__init__()
         self.time = nn.Sequential(nn.Linear(1, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH))
         self.label = nn.Embedding(CLASSES + 1, WIDTH)
-        self.down1, self.down2 = nn.Conv2d(1, 32, 3, 1, 1), nn.Conv2d(32, WIDTH, 4, 4)
-        self.middle, self.up = nn.Conv2d(WIDTH, WIDTH, 3, 1, 1), nn.ConvTranspose2d(WIDTH, 32, 4, 4)
-        self.out = nn.Conv2d(64, 1, 3, 1, 1)
+        self.first, self.out = nn.Linear(256, WIDTH), nn.Linear(WIDTH, 256)
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4))
 
     def forward(self, x, s, y=None):
-        c = self.time(s[:, None])
+        c = self.time(s[:, None])                               # (B, WIDTH)
         if y is not None:
             c = c + self.label(y)
-        a = nn.functional.silu(self.down1(x))                           # (B, 32, 16, 16)
-        b = nn.functional.silu(self.down2(a) + c[:, :, None, None])     # (B, 64, 4, 4)
-        b = nn.functional.silu(self.middle(b) + c[:, :, None, None])
-        return self.out(torch.cat([a, self.up(b)], 1))                  # (B, 1, 16, 16)
+        h = self.first(x.flatten(1))
+        for layer in self.layers:
+            h = h + layer(nn.functional.silu(h + c))
+        return self.out(h).view(x.shape)
 
 
 def velocity(net, x, t, y):
@@ -54,7 +53,7 @@ def velocity(net, x, t, y):
 
 def load_teacher(steps, labels):
     """Yours: build the network and load its weights. Here it learns squares (0) and crosses (1)."""
-    net = UNet()
+    net = Net()
     optimizer = torch.optim.Adam(net.parameters(), 2e-3)
     for step in range(steps):
         y, corner = torch.randint(CLASSES, (64,)), torch.randint(2, 8, (64, 2))
@@ -92,8 +91,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--labels", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--teacher-steps", type=int, default=1500)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--teacher-steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--out", type=Path, default=Path("out/own"))
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
