@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A teacher of your own: any flow-matching network, here a small network with another clock and sign.
+"""A teacher of your own: any flow-matching network, here a small one with another clock and sign.
 
     python assets/own_teacher.py                     with labels, guided at γ = 1.5
     python assets/own_teacher.py --no-labels         an unconditional teacher
