@@ -28,6 +28,7 @@ Students and samples are kept in --out: a repeated command computes only what is
 
 import argparse
 import contextlib
+import json
 import os
 import sys
 from functools import cache, partial
@@ -63,13 +64,17 @@ SETTINGS = [("prediction alone", "12.40", "--correction 0"),
             ("α = 10", "", "--alpha 10 --cut 0.7"),
             ("guided at all r", "8.65", "--alpha 1"),
             ("r about uniform", "6.02 (uniform)", f"{PAPER} --r-location 0 --r-scale 1.8"),
-            ("r seldom above 0.6", "91.8 (cut at 0.6)", f"{PAPER} --r-location -1.2 --r-scale 0.5")]
+            ("r seldom above 0.6", "91.8 (cut at 0.6)", f"{PAPER} --r-location -1.2 --r-scale 0.5"),
+            ("preset", "", ""), ("preset, cut 0.7", "", "--cut 0.7"),
+            ("preset, r seldom above 0.6", "", "--r-location -1.2 --r-scale 0.5")]
 OBJECTIVES = [row for row in SETTINGS if row[0] in ("prediction alone", "correction alone", "both")]
 LENGTHS = [(f"{name}, {steps} steps", "", f"--steps {steps} {flags}".strip()) for name, flags in
            (("preset", ""), ("the paper's α and cut", PAPER), ("prediction alone", "--correction 0"))
            for steps in (1100, 5000, 16000)]
 CONTROL = [("prediction alone", "", "--correction 0"), ("α = 1", "", "--alpha 1"), ("α = 5", "", "--alpha 5"),
-           ("α = 7", "", "--alpha 7"), ("α = 10", "", "--alpha 10"), ("α = 20", "", "--alpha 20")]
+           ("α = 7", "", "--alpha 7"), ("α = 10", "", "--alpha 10"), ("α = 20", "", "--alpha 20"),
+           ("α = 7, cut 0.7", "", "--alpha 7 --cut 0.7"),
+           ("α = 7, r seldom above 0.6", "", "--alpha 7 --r-location -1.2 --r-scale 0.5")]
 
 
 # ---- Digits and their classifier ----
@@ -227,8 +232,10 @@ def measure_student(args, folder):
 
 
 def table(args, rows):
-    """Train students by fmd.py, one a row and seed, or go on with their runs. Sample and measure them."""
+    """Train students by fmd.py, one a row and seed, or go on with their runs. Sample and measure them.
+    `pull` is the mean of the last 100 steps."""
     steps = f"--steps {args.steps}" if args.steps else ""  # a row's own number comes later, and holds
+    more = "--compile " * args.compile + "--eval-samples 2 --keep-every 100000 --save-every 1000 --log-every 100"
     rows = [row for row in rows if any(words in row[0] for words in args.only)]
     for name, paper, flags in rows:
         found = []
@@ -236,8 +243,9 @@ def table(args, rows):
             run = " ".join(f"{steps} {flags} --seed {seed}".split())
             folder = args.out / run.replace("--", "").translate(str.maketrans(" /", "-_"))
             if not (folder / "student.pt").exists():
-                command(f"{run} --eval-samples 2 --keep-every 100000 --save-every 1000 --out {folder}")
-            found.append(measure_student(args, folder))
+                command(f"{run} {more} --out {folder}")
+            last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+            found.append(measure_student(args, folder) | {"pull": last["pull"]})
         label = f"{name} `{flags}`" if flags else name
         print_row(label, found, {"the paper's FID": paper}, head=name == rows[0][0])
 
@@ -252,7 +260,8 @@ def equal_pulls(F_p, residual_p, F_c, residual_c, k, alpha, loss=fmd.student_los
 
 def pulls(args):
     """The settings of the paper's Table 1 under the other reading of λ."""
-    rows = [row for row in SETTINGS if "correction" not in row[0] and "prediction" not in row[0]]
+    args.out = args.out / "pulls"  # the same flags name other students here
+    rows = [row for row in SETTINGS if not any(word in row[0] for word in ("correction", "prediction", "preset"))]
     with mock.patch.object(fmd, "student_loss", equal_pulls):
         table(args, [(f"pulls: {name}", paper, flags) for name, paper, flags in rows])
 
@@ -566,6 +575,7 @@ def main(argv=None):
     add("--count", type=int, default=10_000, help="digits, or samples of a row")
     add("--steps", type=int, help="of a training")
     add("--start", type=expanded, default=STUDENT_FILE, help="of control: a student")
+    add("--compile", action="store_true", help="of fmd.py, for a table of students")
     add("--batches", type=int, default=32, help="of forces")
     add("--guidance", type=float, default=GAMMA, help="γ of a table's samples; --teacher must have the same")
     add("--seeds", type=int, default=3)

@@ -4,9 +4,10 @@
     python assets/own_teacher.py                     with labels, guided at γ = 1.5
     python assets/own_teacher.py --no-labels         an unconditional teacher
 
-Copy this file and replace the part YOURS. The rest is fmd.py's method with a plain loop around it: γ is
-fixed, gradients are not clipped, the rate is constant. It writes to out/own: check.png, the teacher's
-samples, before anything is trained; student.pt; pairs.png, teacher beside student.
+Copy this file and replace the part YOURS, and the two lines below that say so. The rest is fmd.py's method
+with a plain loop around it: γ is fixed, gradients are not clipped, the rate is constant, a run cannot be
+resumed. It writes to out/own: check.png, the teacher's samples, before anything is trained; student.pt;
+pairs.png, teacher beside student.
 """
 
 import argparse
@@ -19,7 +20,8 @@ import torch.nn as nn
 from torchvision.utils import save_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from fmd import correction, duration_derivative, guided, prediction, rollout, student_loss  # noqa: E402
+from fmd import (correction, duration_derivative, endpoint_error, guided, prediction,  # noqa: E402
+                 rollout, student_loss)
 
 # ---- YOURS: the network, its shape and labels, its clock and sign, the module that embeds time ----
 SHAPE, CLASSES, GAMMA = (1, 16, 16), 2, 1.5
@@ -94,12 +96,18 @@ def main(argv=None):
     parser.add_argument("--teacher-steps", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--out", type=Path, default=Path("out/own"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
+    with torch.device(args.device):             # of all that is made below
+        return distil(args)
+
+
+def distil(args):
     torch.manual_seed(0)
     teacher = load_teacher(args.teacher_steps, args.labels).eval().requires_grad_(False)   # eval: no dropout
 
-    def labels(rows):
+    def labels(rows):       # YOURS: other conditions, if your network takes them
         return torch.randint(CLASSES, (rows,)) if args.labels else None
 
     def u(x, t, y, cut=1.0):
@@ -113,7 +121,7 @@ def main(argv=None):
     save_image(phi, args.out / "check.png", normalize=True, value_range=(-1, 1))    # look at it
 
     student, g = (copy.deepcopy(teacher).requires_grad_(True) for _ in range(2))
-    student.time = TimeAndDuration(student.time, WIDTH)
+    student.time = TimeAndDuration(student.time, WIDTH)     # YOURS: the name of the module that embeds time
     ema = copy.deepcopy(student).requires_grad_(False)
     optimizer = torch.optim.Adam([*student.parameters(), *g.parameters()], 1e-3, (0.9, 0.99))
     for step in range(args.steps):
@@ -135,7 +143,7 @@ def main(argv=None):
             average.lerp_(weight.detach(), 0.01)
         if step % 100 == 0:
             x = z_check + average_velocity(ema, z_check, torch.ones(32), y_check)
-            error = ((x - phi).flatten(1).norm(dim=1) / phi.flatten(1).norm(dim=1)).mean()
+            error = endpoint_error(x, phi).mean()
             print(f"step {step}: residual {residual_p.square().mean():.3f}, endpoint error {error:.3f}")
     torch.save(ema.state_dict(), args.out / "student.pt")
     x = z_check + average_velocity(ema, z_check, torch.ones(32), y_check)      # one evaluation a sample
