@@ -1781,8 +1781,8 @@ def test_findings_in_miniature(tmp_path, monkeypatch, capsys):
     findings.main([*"objectives --steps 2 --count 12 --seeds 1".split(), *files])
     head, _, *rows = (line.split(" | ") for line in capsys.readouterr().out.strip().splitlines())
     assert [row[0].split(" `")[0] for row in rows] == ["| prediction alone", "| correction alone", "| both"]
-    assert head[-4:-1] == ["endpoint error", "residual at 0.8", "residual at 0.95"]
-    assert all(re.fullmatch(r"\d+\.\d{3}", value) for row in rows for value in row[-4:-1])
+    assert head[-5:-1] == ["endpoint error", "residual at 0.8", "residual at 0.95", "pull"]
+    assert all(re.fullmatch(r"\d+\.\d{3}", value) for row in rows for value in row[-5:-1])
     student = str(HERE / "assets/student-mnist.pt")
     findings.main(["forces", student, *"--steps 2 --batches 2".split(), *files])
     findings.main(["residuals", student, *"--steps 2".split(), *files])

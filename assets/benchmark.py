@@ -198,7 +198,7 @@ def memory(args):
     exact = sit.nnf.scaled_dot_product_attention
     with FakeTensorMode(), torch.device("cuda"):
         for size, side, rows in (("XL", 256, 32), ("XL", 256, 256), ("XL", 512, 32), ("XL", 512, 256),
-                                 ("L", 256, 32), ("B", 256, 256)):
+                                 ("B", 256, 32), ("B", 256, 256)):
             depth, width, heads = sit.SIZES[size]
             net = sit.SiT((4, side // 8, side // 8), depth, width, heads, 2, 1000, delta=True, gamma=True)
             weights = 10 * sum(p.nbytes for p in net.parameters())
