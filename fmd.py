@@ -26,13 +26,12 @@ A step of training, in formulas:
 |Δ| is the root mean square of one sample's numbers. Prediction makes the student's path follow the
 teacher's, but small errors add up along the path. Correction compares where paths end, as a
 distribution. F, u and g also take a class label y and a guidance strength γ: the student learns the
-guided velocity, and samples with one evaluation. (In Δ_c, u is guided at r up to --cut alone.)
+guided velocity, and samples with one evaluation. (In Δ_c, u is guided for r up to --cut only.)
 
-How hard a sample pulls at F is the size of its term above. With the paper's k = 1 a sample of
-prediction pulls with w |Δ_p|, about 1 / |Δ_p|. So small residuals pull harder than large ones, and
-samples that prediction cannot fit yet do not drown correction. λ makes the mean of |λ Δ_c| equal to
-α times the mean of |Δ_p|, without w. The two pulls are not equal: at |Δ_p| = 0.3 and α = 1,
-prediction pulls with 3.3 and correction with 0.3. The log has their ratio, `pull`. It falls as
+A sample pulls at F by the size of its term above. With the paper's k = 1 a sample of prediction
+pulls with w |Δ_p|, about 1 / |Δ_p|. So samples that it cannot fit yet do not drown correction. λ
+sets the mean of |λ Δ_c| to α mean|Δ_p|, and w has no part in it. So at |Δ_p| = 0.3 and α = 1
+prediction pulls with 3.3, and correction with 0.3. The log has the ratio as `pull`: it falls as
 prediction converges.
 
 If you know MeanFlow: here the start z of a path is fixed. So ∂F/∂δ is a partial derivative, without
@@ -67,7 +66,7 @@ from tqdm import tqdm
 
 import sit
 
-# As torchrun and other launchers set them. A process alone is process 0, whatever RANK says.
+# As torchrun and other launchers set them. A single process is process 0, whatever RANK says.
 WORLD = int(os.environ.get("WORLD_SIZE") or 1)
 RANK = int(os.environ.get("RANK") or 0) if WORLD > 1 else 0
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0) if WORLD > 1 else 0
@@ -104,7 +103,7 @@ def guided(net, x, t, y, gamma, null, interval=(0.0, 1.0)):
     low, high = interval
     gamma = torch.where((low <= t) & (t <= high), gamma, 1.0)
     labels = torch.cat([y, torch.full_like(y, null)])
-    u_y, u_null = net(torch.cat([x, x]), torch.cat([t, t]), labels).chunk(2)  # of (2B, ...)
+    u_y, u_null = net(torch.cat([x, x]), torch.cat([t, t]), labels).chunk(2)  # from (2B, ...)
     return u_null + expand(gamma, x) * (u_y - u_null)
 
 
@@ -178,9 +177,9 @@ def correction(F_value, u, g, z, n, r):
     Why it works, with the score the gradient of the log density of noised samples:
         x - n = (x_r - n) / (1 - r)  and  E[n | x_r] = -r score(x_r), so
         Δ_c = r / (1 - r) (student's score - teacher's score) at x_r.
-    The mean over n of (1 - r) (student's score - teacher's score) is the gradient of
-    KL(student, teacher) under noise r when one sample x moves, as in DMD (arXiv 2311.18828). The
-    factors r / (1 - r) and 1 - r depend on r alone: they weight the noise levels. And
+    The mean over n of (1 - r) (student's score - teacher's score) is the gradient, with respect to
+    a sample x, of KL(student, teacher) under noise r, as in DMD (arXiv 2311.18828). The factors
+    r / (1 - r) and 1 - r depend on r alone, so they only weight the noise levels. And
     x = z + F(z, 1), so a step of F against Δ_c moves x against it. (A guided u is not exactly the
     velocity of a distribution.)
     F_value = F(z, 1), z, n (B, ...); r (B,); u(x, t), g(x, t). Raises ValueError.
@@ -236,7 +235,7 @@ def train(s):
     shape, classes = teacher.config["shape"], teacher.config["classes"]
     null = classes  # ∅ comes after the last class
 
-    # ---- Networks. All start as the teacher (with --init F does not). The new embedders of δ and γ
+    # ---- Networks. All start as the teacher (F as --init, if given). The new embedders of δ and γ
     # give 0 at first, so F is the unguided u(z, 1) at every δ, and g is the unguided u. Δ_c then is
     # guidance alone; it tells about the student once g has learned. That g takes γ is [ours].
     torch.manual_seed(s.seed)
@@ -262,7 +261,7 @@ def train(s):
         rate = s.lr * learning_rate(step, s.steps, s.warmup, s.decay_from)
         optimizer.param_groups[0]["lr"] = rate  # set anew, so a resumed run may change --lr
 
-        # ---- The student, once for all rows. Prediction's have any δ; correction's are samples.
+        # ---- The student, once for all rows. Prediction's have any δ, correction's have δ = 1.
         z, y, gamma = prior(sum(rows), shape, classes, s.gamma, device)
         (z_p, z_c), (y_p, y_c), (gamma_p, gamma_c) = (a.split(rows) for a in (z, y, gamma))
         delta_p, one = torch.rand_like(gamma_p), torch.ones_like(gamma_c)
@@ -279,8 +278,8 @@ def train(s):
 
         # ---- Correction. Its teacher is guided up to the noise level `cut` alone: that gave the
         # paper better samples, FID 5.63 with a cut at 0.7 and 8.65 without one.
-        n, logit = torch.randn_like(z_c), torch.randn_like(gamma_c)
-        r = torch.sigmoid(s.r_location + s.r_scale * logit)  # LogitNormal, mostly high noise
+        n = torch.randn_like(z_c)
+        r = torch.sigmoid(s.r_location + s.r_scale * torch.randn_like(gamma_c))  # LogitNormal
         low, high = s.interval[0], min(s.interval[1], s.cut)
         def u_c(x, t): return guided(teacher, x, t, y_c, gamma_c, null, (low, high))
         def g(x, t): return ddp_online(x, t, y_c, gamma=gamma_c)
@@ -294,7 +293,7 @@ def train(s):
         online_norm = clip_grad_norm_(online.parameters(), 1)
         optimizer.step()
         optimizer.zero_grad()
-        decay = min(s.ema, (1 + step) / (10 + step))  # at first it spans a ninth of the steps
+        decay = min(s.ema, (1 + step) / (10 + step))  # at first, over the last ninth of the steps
         for average, weight in zip(ema.parameters(), student.parameters()):
             average.lerp_(weight.detach(), 1 - decay)
 
@@ -308,10 +307,22 @@ def train(s):
         if saving or done % s.log_every == 0:
             means = mean_of_processes(totals / (done - logged)).tolist()
             speed = s.batch * (done - logged) / (time.perf_counter() - clock)
-            totals, logged, clock = 0, done, time.perf_counter()  # so a save's time counts
+            totals, logged, clock = 0, done, time.perf_counter()  # before a save: its time counts
             line = {"step": done, **dict(zip(terms, means)), "lr": rate, "images_per_s": speed}
             report(s, line, parts, fixed, decoder, saving)
     say(f"next: python fmd.py --res {s.res} --sample 100 --out {s.out}")
+
+
+def step_seed(seed, step, rank):
+    """A hash of seed and process, plus the step. So a run of another seed has other draws, and no
+    two steps of a run share theirs (torch's CPU generator keeps 32 bits of a seed)."""
+    return int(np.random.SeedSequence((seed, rank)).generate_state(1)[0]) + step
+
+
+def learning_rate(step, steps, warmup, decay_from):
+    """The share of the peak rate: a linear rise over `warmup` steps, 1, then a linear fall to 0."""
+    fall = (steps - step) / max(1.0, steps * (1 - decay_from))
+    return min((step + 1) / (warmup + 1), 1.0, fall)
 
 
 # ---- 6. Settings ----
@@ -368,8 +379,9 @@ def parse(argv=None):
     add("--keep-every", type=int, default=500, help="steps between students that are kept")
     add("--eval-samples", type=int, default=256, help="noises of an endpoint error")
     # Sampling, in place of training.
-    add("--sample", type=int, metavar="N", help="samples of the student")
-    add("--rollout", type=int, metavar="N", help="samples of the teacher")
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--sample", type=int, metavar="N", help="samples of the student")
+    either("--rollout", type=int, metavar="N", help="samples of the teacher")
     add("--ckpt", type=path, help="the student, if not OUT/student.pt")
     add("--guidance", type=float, default=1.5, help="γ of the samples")
     add("--labels", type=int, nargs="+", help="of the samples, in turn, if not all")
@@ -387,7 +399,7 @@ def parse(argv=None):
 
 
 def check(s, error):
-    """Settings that cannot work -> error(text), which exits. Adds rows_p and rows_c, of a batch."""
+    """Call error(text), which exits, if settings cannot work. Adds a batch's rows_p and rows_c."""
     limits = {(1, np.inf): "steps batch log_every save_every keep_every eval_samples rollout_steps "
                            "sample rollout",
               (0, np.inf): "warmup seed", (0, 1): "correction cut interval lr decay_from ema"}
@@ -399,7 +411,7 @@ def check(s, error):
     for name, (low, high) in (("gamma", s.gamma), ("interval", s.interval)):
         if low > high:
             error(f"--{name} {low} {high}: give the lower one first")
-    gpus = torch.cuda.device_count()  # 1 where a launcher shows each process its own GPU alone
+    gpus = torch.cuda.device_count()  # 1 if the launcher shows each process only its own
     if s.device == "cuda" and not (gpus == 1 or LOCAL_RANK < gpus):
         error(f"--device cuda: {gpus} GPUs here, none for process {LOCAL_RANK} of this machine; "
               "start fewer processes, or use --device cpu")
@@ -411,21 +423,22 @@ def check(s, error):
         error(f"--batch {s.batch}: {WORLD} processes cannot share {s.rows_p} rows of prediction "
               f"and {s.rows_c} of correction; give multiples of {WORLD}")
     read = [Path(source or "").resolve() for source in (s.teacher, s.vae, s.init)]
-    for name in ("student.pt", "ckpt.pt"):
+    for name in ("student.pt", "ckpt.pt", *(kept.name for kept in s.out.glob("student-*.pt"))):
         if (s.out / name).resolve() in read:
             error(f"--out {s.out}: {name} would be overwritten, and is read; give another")
 
 
-# ---- 7. Processes and files ----
+# ---- 7. Processes and networks ----
 def join(kind):
     """Join the other processes. kind: "cpu", or "cuda", a GPU each. -> this process's device."""
     device = torch.device(kind)
     if kind == "cuda":
         device = torch.device(kind, LOCAL_RANK if torch.cuda.device_count() > 1 else 0)
         torch.cuda.set_device(device)
-    if WORLD > 1:  # all wait while process 0 evaluates and saves
+    if WORLD > 1:
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+        wait = datetime.timedelta(minutes=30)  # for process 0, which evaluates and saves
+        dist.init_process_group(backend, timeout=wait)
     return device
 
 
@@ -441,37 +454,18 @@ def mean_of_processes(values):
     return values / WORLD
 
 
-def step_seed(seed, step, rank):
-    """A hash of seed and process, plus the step. So a run of another seed has other draws, and no
-    two steps of a run share theirs (torch's CPU generator keeps 32 bits of a seed)."""
-    return int(np.random.SeedSequence((seed, rank)).generate_state(1)[0]) + step
-
-
-def noises(seed, numbers, shape):
-    """-> (len(numbers), *shape). Noise i depends on the seed and i alone."""
-    draws = [np.random.default_rng((seed, i)).standard_normal(shape, np.float32) for i in numbers]
-    return torch.from_numpy(np.array(draws, np.float32).reshape(-1, *shape))
-
-
-def learning_rate(step, steps, warmup, decay_from):
-    """The share of the peak rate: a linear rise over `warmup` steps, 1, then a linear fall to 0."""
-    fall = (steps - step) / max(1.0, steps * (1 - decay_from))
-    return min((step + 1) / (warmup + 1), 1.0, fall)
-
-
 def fetch(source):
     """-> a local path. One process of a machine downloads, the others wait."""
-    if LOCAL_RANK > 0:
+    if LOCAL_RANK == 0:
+        sit.fetch(source)
+    if WORLD > 1:
         dist.barrier()
-    path = sit.fetch(source)
-    if WORLD > 1 and LOCAL_RANK == 0:
-        dist.barrier()
-    return path
+    return sit.fetch(source)  # from the disk by now
 
 
 def load(source, res, device, convention=None, student=False):
-    """-> a frozen teacher or student in the clock and sign of this file, whatever its own are; what
-    else its file holds. Raises sit.FileError."""
+    """-> a frozen teacher or student in fmd.py's clock and sign, whatever its own are; what else
+    its file holds. Raises sit.FileError."""
     net, info = sit.load(fetch(source), convention=convention)
     shape, classes, convention = (net.config[name] for name in ("shape", "classes", "convention"))
     if (net.config["delta"], net.config["gamma"]) != (student, student):
@@ -509,24 +503,7 @@ def prepare(s, teacher, student, online):
     return student, online, derivative
 
 
-def save(s, parts, step):
-    """Write student.pt, the average in the released names, and ckpt.pt, whole or not at all."""
-    ema = parts["ema"]
-    about = {"config": ema.config, "gamma": s.gamma}
-    student = {"ema": sit.released_names(ema.state_dict())} | about
-    sit.write(s.out / "student.pt", partial(torch.save, student))
-    if step % s.keep_every == 0:
-        sit.write(s.out / f"student-{step}.pt", partial(torch.save, student))
-    states = {name: part.state_dict() for name, part in parts.items()}
-    run = {"step": step, "settings": recorded(s)}
-    sit.write(s.out / "ckpt.pt", partial(torch.save, about | states | run))
-
-
-def recorded(s):
-    """What a run depends on, as ckpt.pt keeps it."""
-    return vars(s) | {"out": str(s.out), "torch": str(torch.__version__), "processes": WORLD}
-
-
+# ---- 8. The files of a run ----
 def resume(s, parts):
     """Load ckpt.pt into the parts -> its step, or 0 if there is none. Raises sit.FileError."""
     s.out.mkdir(parents=True, exist_ok=True)
@@ -553,8 +530,13 @@ def resume(s, parts):
     return step
 
 
+def recorded(s):
+    """What a run depends on, as ckpt.pt keeps it."""
+    return vars(s) | {"out": str(s.out), "torch": str(torch.__version__), "processes": WORLD}
+
+
 def report(s, line, parts, fixed, decoder, saving):
-    """On process 0, write one line of the log, and where it is time a checkpoint, with the endpoint
+    """On process 0, write one line of the log and, if `saving`, a checkpoint and the endpoint
     error. A value that is not finite ends all processes, before anything is saved."""
     if not np.isfinite([*line.values()]).all():
         sys.exit(f"fmd.py: step {line['step']}: a loss or gradient is not finite; "
@@ -572,8 +554,27 @@ def report(s, line, parts, fixed, decoder, saving):
         print(text, file=log)
 
 
-# ---- 8. Sampling ----
+def save(s, parts, step):
+    """Write student.pt, the average in the released names, and ckpt.pt, whole or not at all."""
+    ema = parts["ema"]
+    about = {"config": ema.config, "gamma": s.gamma}
+    student = {"ema": sit.released_names(ema.state_dict())} | about
+    sit.write(s.out / "student.pt", partial(torch.save, student))
+    if step % s.keep_every == 0:
+        sit.write(s.out / f"student-{step}.pt", partial(torch.save, student))
+    states = {name: part.state_dict() for name, part in parts.items()}
+    run = {"step": step, "settings": recorded(s)}
+    sit.write(s.out / "ckpt.pt", partial(torch.save, about | states | run))
+
+
+# ---- 9. Evaluation and sampling ----
 CHUNK = 64  # samples at a time
+
+
+def noises(seed, numbers, shape):
+    """-> (len(numbers), *shape). Noise i depends on the seed and i alone."""
+    draws = [np.random.default_rng((seed, i)).standard_normal(shape, np.float32) for i in numbers]
+    return torch.from_numpy(np.array(draws, np.float32).reshape(-1, *shape))
 
 
 @torch.no_grad()
@@ -625,37 +626,31 @@ def sample(s):
     Noise i is the same whatever N and the number of processes."""
     device = join(s.device)
     total = s.sample or s.rollout
-    file, source = s.out / "rollout.npz", s.teacher
-    if s.sample:
-        file, source = s.out / "samples.npz", s.ckpt or s.out / "student.pt"
+    file = s.out / ("samples.npz" if s.sample else "rollout.npz")
+    source = (s.ckpt or s.out / "student.pt") if s.sample else s.teacher
     net, info = load(source, s.res, device, s.convention, student=bool(s.sample))
     decoder = sit.load_decoder(fetch(s.vae)).to(device) if s.res > 28 else None
     (channels, *sides), classes = net.config["shape"], net.config["classes"]
-    labels = s.labels or range(classes)
-    if not 0 <= min(labels) <= max(labels) < classes:
-        sys.exit(f"fmd.py: --labels {labels}: give some of 0 to {classes - 1}")
+    given = s.labels or range(classes)
+    if not 0 <= min(given) <= max(given) < classes:
+        sys.exit(f"fmd.py: --labels {given}: give some of 0 to {classes - 1}")
+    labels = np.resize(given, total)  # in turn
     low, high = info.get("gamma", (s.guidance, s.guidance))
     if s.sample and not low <= s.guidance <= high:
         say(f"note: --guidance {s.guidance}: the student was trained with {low} to {high}")
 
-    # ---- Each process writes its rows into one file, so that it holds no more than a chunk.
+    # ---- All processes write their rows into one file, and each holds one chunk in memory.
     pixels, clock = file.with_suffix(".pixels"), time.perf_counter()
-    if RANK == 0:
-        s.out.mkdir(parents=True, exist_ok=True)
-        pixels.write_bytes(b"")
-    if WORLD > 1:
-        dist.barrier()
+    s.out.mkdir(parents=True, exist_ok=True)
+    pixels.touch()  # it may hold another process's rows by now
     mine = range(total)[RANK * total // WORLD:(RANK + 1) * total // WORLD]  # may be empty
     with open(pixels, "r+b") as writer:
         for start in tqdm(range(0, len(mine), CHUNK), disable=RANK > 0 or None):
             rows = mine[start:start + CHUNK]
             z = noises(s.seed, rows, net.config["shape"]).to(device)
-            y = torch.tensor([labels[i % len(labels)] for i in rows], device=device)
-            if s.sample:
-                x = one_step(net, z, y, s.guidance)
-            else:
-                x = many_steps(net, z, y, s.guidance, classes, s.rollout_steps, s.solver,
-                               s.interval)
+            y = torch.tensor(labels[rows], device=device)
+            x = (one_step(net, z, y, s.guidance) if s.sample else
+                 many_steps(net, z, y, s.guidance, classes, s.rollout_steps, s.solver, s.interval))
             images = sit.to_uint8(x, decoder).numpy()
             writer.seek(rows.start * images[0].size)
             writer.write(images.tobytes())
@@ -665,7 +660,7 @@ def sample(s):
         seconds = time.perf_counter() - clock
         size = (s.res, s.res, 3) if decoder else (*sides, channels)
         images = np.memmap(pixels, np.uint8, "r", shape=(total, *size))
-        sit.write(file, partial(np.savez, arr_0=images, arr_1=np.resize(labels, total)))
+        sit.write(file, partial(np.savez, arr_0=images, arr_1=labels))
         save_grid(file.with_suffix(".png"), torch.tensor(images[:100]))
         pixels.unlink()
         say(f"{file}: {total} samples of {source}, {1e3 * seconds / total:.2f} ms each")

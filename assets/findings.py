@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The paper's findings in miniature, on digits: tables, charts and pictures. Made once:
+"""The paper's findings in miniature, on digits: tables and a picture. Made once:
 
     python assets/findings.py digits out/real.npz                10,000 of MNIST's digits
     python assets/findings.py classifier                         a classifier of digits, trained
@@ -15,13 +15,12 @@ Tables; with --weights, which names Inception's, they have FID (60 ms an image o
     python assets/findings.py pulls                              the settings, with λ read another way
     python assets/findings.py forces FILE...                     gradients of both objectives, of students
     python assets/findings.py residuals FILE...                  Δ_c at noise levels r, beside guidance
-    python assets/findings.py speed                              one evaluation against many, and a chart
-    python assets/findings.py mismatch                           why no data? And a chart
+    python assets/findings.py speed                              one evaluation against many
+    python assets/findings.py mismatch                           why no data?
 
-Charts need matplotlib and --pictures, their folder. Pictures of samples need neither:
+A picture, into --pictures:
 
     python assets/findings.py strip                              digits by 2 to 64 evaluations, and by one
-    python assets/findings.py run out/100 out/500 out/28         students of shorter and longer runs
 
 Students and samples are kept in --out: a repeated command computes only what is missing.
 """
@@ -361,25 +360,7 @@ def residuals(args):
         print_row(str(path), [row], head=path == args.files[0])
 
 
-# ---- Charts ----
-def chart(args, name, curves, **labels):
-    """curves {label: [(x, values of all seeds)]} -> NAME.png: means, in a band from least to largest."""
-    if args.pictures:
-        from matplotlib.figure import Figure  # draws with Agg
-        figure = Figure((7.5, 4.6), dpi=110, layout="constrained")
-        axes = figure.subplots()
-        for (label, points), colour in zip(curves.items(), ("#c0392b", "#2c5aa0", "#2e8b57")):
-            x, values = zip(*points)
-            axes.plot(x, np.mean(values, 1), "o-", color=colour, label=label)
-            axes.fill_between(x, np.min(values, 1), np.max(values, 1), color=colour, alpha=0.25)
-        axes.set(yscale="log", **labels)
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
-        axes.legend()
-        args.pictures.mkdir(parents=True, exist_ok=True)
-        figure.savefig(args.pictures / f"{name}.png")
-
-
+# ---- One evaluation against many ----
 def speed(args):
     """One evaluation against many. With guidance a step of Euler takes 2 network evaluations, one of
     Heun 4, the last 2. The teacher's file is of Heun 16: that row differs from it by noises alone."""
@@ -388,16 +369,10 @@ def speed(args):
         evaluations = 2 * steps if solver == "euler" else 4 * steps - 2
         flags = f"--solver {solver} --rollout-steps {steps} --rollout {args.count}"
         runs.append((f"teacher, {solver}", evaluations, TEACHER_FILE, "rollout.npz", flags))
-    curves = {}
     for name, evaluations, weights, file, flags in runs:
         path = args.out / f"{name.split()[-1]}-{evaluations}" / file
         row = measure(samples(args, path, weights, flags), args)
-        print_row(f"{name}, {evaluations}", [row], head=not curves)
-        column = next(iter(row))
-        curves.setdefault(name, []).append((evaluations, [row[column]]))
-    ticks = [1, 2, 4, 8, 16, 32, 64]
-    chart(args, "speed", curves, xscale="log", xticks=ticks, xticklabels=ticks, ylabel=column,
-          xlabel="network evaluations a sample", title="One evaluation against many")
+        print_row(f"{name}, {evaluations}", [row], head=name == "student")
 
 
 # ---- Why no data? ----
@@ -430,7 +405,6 @@ def mismatch(args):
             "training digits": noised(x, y),
             "moved by 8": noised(x, y, 8),
             "only 0 to 4": noised(x[few], y[few])}
-    curves = {}
     students = [("FreeFlow, from the prior", end_moves, {"no data": None}, args.seeds),
                 ("MeanFlow, at data", start_moves, data, args.seeds),
                 ("FreeFlow, at data", end_moves, data, 1)]
@@ -443,12 +417,7 @@ def mismatch(args):
                 if not newer(folder / "student.pt", TEACHER_FILE):
                     distil(args, equation, source, seed, folder)
                 found.append(measure_student(args, folder))
-            print_row(f"{name}: {words}", found, head=not curves)
-            column = next(iter(found[0]))
-            for x_label in [words] if source else data:  # without data, the same for all
-                curves.setdefault(name, []).append((x_label, [row[column] for row in found]))
-    chart(args, "mismatch", curves, ylabel=column, xlabel="data: from fitting to misleading",
-          title="One teacher, distilled at states that it meets less and less")
+            print_row(f"{name}: {words}", found, head=source is None)
 
 
 @torch.no_grad()
@@ -526,50 +495,34 @@ def distil(args, equation, source, seed, folder):
     sit.write(folder / "student.pt", partial(torch.save, file))
 
 
-# ---- Pictures ----
-def picture(args, name, rows):
-    """{label: (10, 1, 28, 28)} -> NAME.png: a row each, its label to the left."""
+# ---- A picture ----
+def strip(args):
+    """Ten noises by the teacher and by the student, a row each, its label to the left. A guided step of
+    Euler takes two evaluations."""
+    z, y, _ = reference(10)
+    rows = {f"teacher, {2 * steps} evaluations": fmd.many_steps(TEACHER, z, y, GAMMA, NULL, steps, "euler")
+            for steps in (1, 2, 4, 8, 32)}
+    rows["student, 1 evaluation"] = fmd.one_step(sit.load(STUDENT_FILE)[0], z, y, GAMMA)
     font, left, side = ImageFont.load_default(22), 330, 90
     canvas = Image.new("L", (left + 10 * side, len(rows) * side), 255)
     for i, (label, x) in enumerate(rows.items()):
         ImageDraw.Draw(canvas).text((left - 15, (i + 0.5) * side), label, 0, font, anchor="rm")
         for j, digit in enumerate(sit.to_uint8(x)[..., 0].numpy()):
             canvas.paste(Image.fromarray(digit).resize((84, 84)), (left + j * side, i * side + 3))
-    path = (args.pictures or args.out) / f"{name}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sit.write(path, partial(canvas.save, format="PNG"))
-    print(path)
-
-
-def strip(args):
-    """Ten noises by the teacher and by the student. A guided step of Euler takes two evaluations."""
-    z, y, _ = reference(10)
-    rows = {f"teacher, {2 * steps} evaluations": fmd.many_steps(TEACHER, z, y, GAMMA, NULL, steps, "euler")
-            for steps in (1, 2, 4, 8, 32)}
-    student = sit.load(STUDENT_FILE)[0]
-    picture(args, "strip", rows | {"student, 1 evaluation": fmd.one_step(student, z, y, GAMMA)})
-
-
-def run(args):
-    """Ten noises by the students in folders of fmd.py's runs, which took more and more steps."""
-    z, y, phi = reference(10)
-    students = {0: sit.start_from(TEACHER, delta=True, gamma=True)}
-    for folder in args.files:
-        students[sit.read_file(folder / "ckpt.pt")["step"]] = sit.load(folder / "student.pt")[0]
-    rows = {f"student, {step} steps": fmd.one_step(net, z, y, GAMMA) for step, net in students.items()}
-    picture(args, "run", rows | {"teacher, 126 evaluations": phi})
+    args.pictures.mkdir(parents=True, exist_ok=True)
+    sit.write(args.pictures / "strip.png", partial(canvas.save, format="PNG"))
 
 
 def main(argv=None):
     findings = {f.__name__: f for f in (digits, classifier, quality, control, pulls, forces, residuals, speed,
-                                        mismatch, strip, run)}
+                                        mismatch, strip)}
     for name, rows in (("objectives", OBJECTIVES), ("settings", SETTINGS), ("lengths", LENGTHS)):
         findings[name] = partial(table, rows=rows)
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("what", choices=findings)
-    add("files", nargs="*", type=expanded, help="of digits and quality; folders of run")
+    add("files", nargs="*", type=expanded, help="of digits, quality, forces, residuals")
     add("--mnist", type=expanded, metavar="DIR", help="folder with the IDX files (default: download)")
     add("--part", default="last", choices=("first", "last"), help="of MNIST's training digits")
     add("--count", type=int, default=10_000, help="digits, or samples of a row")
@@ -585,7 +538,7 @@ def main(argv=None):
     add("--classifier", type=expanded, default=Path("out/classifier.pt"))
     add("--weights", type=os.path.expanduser, help="Inception's: a file, or `published` (none: no FID)")
     add("--out", type=expanded, default=Path("out/findings"), help="folder of students and samples")
-    add("--pictures", type=expanded, help="folder of charts and pictures")
+    add("--pictures", type=expanded, default=HERE, help="folder of strip.png")
     args = parser.parse_args(argv)
     findings[args.what](args)
 
