@@ -1355,9 +1355,13 @@ def test_sampling_killed_half_way_leaves_no_samples(work, monkeypatch):
         run(*args)
     assert shapes == [(4, 1, 8, 8)] * 3                 # a chunk at a time
     assert not Path("o/samples.npz").exists() and not Path("o/samples.png").exists()
+    run(*args, "--sample", 5)                           # fewer than the rows that were left behind
+    five = np.load("o/samples.npz")["arr_0"]
     run(*args)
     assert sorted(os.listdir("o")) == ["samples.npz", "samples.png"]
-    assert len(np.unique(np.load("o/samples.npz")["arr_0"].reshape(12, -1), axis=0)) == 12
+    twelve = np.load("o/samples.npz")["arr_0"]
+    assert len(np.unique(twelve.reshape(12, -1), axis=0)) == 12 and len(five) == 5
+    assert np.abs(twelve[:5].astype(int) - five).max() <= 1
 
 @pytest.mark.parametrize("solver", ["euler", "heun"])
 def test_rollout_command_is_the_rollout(work, solver):
@@ -1391,6 +1395,7 @@ BAD = [
     ("--warmup -1", "--warmup -1: give 0 to inf"),
     ("--lable 1", "unrecognized arguments: --lable"),
     ("--sample 0", "--sample 0: give 1 to inf"),
+    ("--sample 1 --rollout 1", "argument --rollout: not allowed with argument --sample"),
     ("--device tpu", "--device: invalid choice: 'tpu'"),
     pytest.param("--device cuda", "--device cuda: 0 GPUs here, .* --device cpu", marks=pytest.mark.skipif(
         torch.cuda.is_available(), reason="there is a GPU")),
@@ -1482,6 +1487,8 @@ def test_a_student_to_start_from(work, capsys):
     no([*SMALL, "--init", "labels.pt"], "labels.pt: classes 3, but the teacher's is 10")
     no([*SMALL, "--init", "teacher.pt"], "teacher.pt: not a student")
     no([*SMALL, "--init", "o/student.pt", "--out", "o"], "student.pt would be overwritten, and is read")
+    Path("o/student-7.pt").write_bytes(Path("o/student.pt").read_bytes())       # as --keep-every keeps it
+    no([*SMALL, "--init", "o/student-7.pt", "--out", "o"], "student-7.pt would be overwritten, and is read")
 
 def test_a_launcher_may_show_each_process_a_gpu_of_its_own(monkeypatch, capsys):
     """srun --gpus-per-task=1: process 3 of a machine sees one GPU, number 0. All wait for half an hour."""
