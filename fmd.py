@@ -239,7 +239,8 @@ def train(s):
     # give 0 at first, so F is the unguided u(z, 1) at every δ, and g is the unguided u. Δ_c then is
     # guidance alone; it tells about the student once g has learned. That g takes γ is [ours].
     torch.manual_seed(s.seed)
-    student = sit.start_from(initial(s, teacher), delta=True, gamma=True)
+    start = load(s.init, s.res, device, student=True, teacher=teacher)[0] if s.init else teacher
+    student = sit.start_from(start, delta=True, gamma=True)
     online = sit.start_from(teacher, gamma=True)  # g
     ema = sit.start_from(student).requires_grad_(False)  # the student's average, which samples
     optimizer = torch.optim.Adam([*student.parameters(), *online.parameters()], fused=True,
@@ -297,15 +298,15 @@ def train(s):
         for average, weight in zip(ema.parameters(), student.parameters()):
             average.lerp_(weight.detach(), 1 - decay)
 
-        # ---- Log the means since the last line. The sums stay on the GPU until then.
+        # ---- Log this process's means since the last line. The sums stay on the GPU until then.
         terms = {"prediction": mean_square(residual_p), "correction": mean_square(residual_c),
                  "online": online_loss.detach(), "lambda": lam, "pull": pull,
                  "student_norm": student_norm, "online_norm": online_norm}
         totals = totals + torch.stack([*terms.values()])
         done = step + 1
-        saving = done % s.save_every == 0 or done % s.keep_every == 0 or done == s.steps
+        saving = done % s.save_every == 0 or done == s.steps
         if saving or done % s.log_every == 0:
-            means = mean_of_processes(totals / (done - logged)).tolist()
+            means = (totals / (done - logged)).tolist()
             speed = s.batch * (done - logged) / (time.perf_counter() - clock)
             totals, logged, clock = 0, done, time.perf_counter()  # before a save: its time counts
             line = {"step": done, **dict(zip(terms, means)), "lr": rate, "images_per_s": speed}
@@ -331,9 +332,8 @@ def learning_rate(step, steps, warmup, decay_from):
 # the paper's alpha and cut it does nothing on digits (assets/RESULTS.md).
 AT_256 = dict(alpha=1.0, cut=0.7, steps=100_000, batch=256, lr=1e-4, warmup=1000,
               decay_from=1.0, ema=0.9999, bf16=True, compile=True, teacher="SiT-XL/2",
-              vae="sd-vae-ft-ema", out="out/256", log_every=50, save_every=10_000,
-              keep_every=10_000, eval_samples=64)
-AT_512 = AT_256 | dict(checkpointing=True, teacher="SiT-XL/2-512", out="out/512", save_every=2500)
+              vae="sd-vae-ft-ema", out="out/256", log_every=50, save_every=10_000, eval_samples=64)
+AT_512 = AT_256 | dict(checkpointing=True, teacher="SiT-XL/2-512", out="out/512", save_every=5000)
 # A run is resumed only with the same values of these.
 METHOD = "teacher convention init correction k alpha gamma interval cut r_location r_scale".split()
 
@@ -375,8 +375,7 @@ def parse(argv=None):
     add("--vae", type=path, help="decoder of the latents")
     add("--out", type=path, default="out/28", help="folder")
     add("--log-every", type=int, default=25, help="steps between lines of the log")
-    add("--save-every", type=int, default=500, help="steps between checkpoints")
-    add("--keep-every", type=int, default=500, help="steps between students that are kept")
+    add("--save-every", type=int, default=500, help="steps between saves; each student is kept")
     add("--eval-samples", type=int, default=256, help="noises of an endpoint error")
     # Sampling, in place of training.
     either = parser.add_mutually_exclusive_group().add_argument
@@ -393,15 +392,15 @@ def parse(argv=None):
     res = parser.parse_known_args(argv)[0].res
     parser.set_defaults(**{28: {}, 256: AT_256, 512: AT_512}[res])
     s = parser.parse_args(argv)
-    s.out = Path(s.out)
+    s.out, s.torch, s.processes = Path(s.out), str(torch.__version__), WORLD  # for ckpt.pt, too
     check(s, parser.error)
     return s
 
 
 def check(s, error):
     """Call error(text), which exits, if settings cannot work. Adds a batch's rows_p and rows_c."""
-    limits = {(1, np.inf): "steps batch log_every save_every keep_every eval_samples rollout_steps "
-                           "sample rollout",
+    limits = {(1, np.inf): "steps batch log_every save_every eval_samples sample rollout "
+                           "rollout_steps",
               (0, np.inf): "warmup seed", (0, 1): "correction cut interval lr decay_from ema"}
     for (low, high), names in limits.items():
         for name in names.split():
@@ -448,12 +447,6 @@ def say(text):
         tqdm.write(text)
 
 
-def mean_of_processes(values):
-    if WORLD > 1:
-        dist.all_reduce(values)
-    return values / WORLD
-
-
 def fetch(source):
     """-> a local path. One process of a machine downloads, the others wait."""
     if LOCAL_RANK == 0:
@@ -463,30 +456,21 @@ def fetch(source):
     return sit.fetch(source)  # from the disk by now
 
 
-def load(source, res, device, convention=None, student=False):
+def load(source, res, device, convention=None, student=False, teacher=None):
     """-> a frozen teacher or student in fmd.py's clock and sign, whatever its own are; what else
-    its file holds. Raises sit.FileError."""
+    its file holds. teacher: what a student must fit. Raises sit.FileError."""
     net, info = sit.load(fetch(source), convention=convention)
     shape, classes, convention = (net.config[name] for name in ("shape", "classes", "convention"))
     if (net.config["delta"], net.config["gamma"]) != (student, student):
         raise sit.FileError(f"{source}: not a {'student' if student else 'teacher'}")
     if (res > 28 and shape != [4, res // 8, res // 8]) or (res == 28 and shape[0] == 4):
         raise sit.FileError(f"{source}: made for {shape}, not for --res {res}")
+    for name in ("shape", "classes") if teacher else ():
+        if net.config[name] != teacher.config[name]:
+            raise sit.FileError(f"{source}: {name} {net.config[name]}, but the teacher's is "
+                                f"{teacher.config[name]}; give a student of such a teacher")
     say(f"{source}: convention {convention} ({info['why']}), labels 0 to {classes - 1}")
     return net.to(device), info
-
-
-def initial(s, teacher):
-    """The network that the student starts from: the teacher, or the student of --init, whose clock
-    and sign may be others. Raises sit.FileError."""
-    if not s.init:
-        return teacher
-    net, _ = load(s.init, s.res, teacher.pos_embed.device, student=True)
-    for name in ("shape", "classes"):
-        if net.config[name] != teacher.config[name]:
-            raise sit.FileError(f"{s.init}: {name} {net.config[name]}, but the teacher's is "
-                                f"{teacher.config[name]}; give a student of such a teacher")
-    return net
 
 
 def prepare(s, teacher, student, online):
@@ -513,8 +497,9 @@ def resume(s, parts):
         return 0
     file = sit.read_file(path, mapped=True)
     with sit.usable(path, "a checkpoint of fmd.py"):
-        step, now = file["step"], recorded(s)
-        changed = {name: value for name, value in file["settings"].items() if now[name] != value}
+        step = file["step"]
+        changed = {name: value for name, value in file["settings"].items()
+                   if str(getattr(s, name, None)) != str(value)}
         for name in METHOD:
             if name in changed:
                 raise sit.FileError(f"{path}: {name} was {changed[name]}; "
@@ -525,19 +510,15 @@ def resume(s, parts):
         for name, part in parts.items():
             part.load_state_dict(file[name])
     for name, value in changed.items():
-        say(f"note: {name} was {value}, and is {now[name]}")
+        say(f"note: {name} was {value}, and is {getattr(s, name, None)}")
     say(f"{path}: resumed at step {step}")
     return step
 
 
-def recorded(s):
-    """What a run depends on, as ckpt.pt keeps it."""
-    return vars(s) | {"out": str(s.out), "torch": str(torch.__version__), "processes": WORLD}
-
-
 def report(s, line, parts, fixed, decoder, saving):
     """On process 0, write one line of the log and, if `saving`, a checkpoint and the endpoint
-    error. A value that is not finite ends all processes, before anything is saved."""
+    error. A value that is not finite ends all processes, before anything is saved: gradients are
+    averaged, so one process's NaN is in every norm."""
     if not np.isfinite([*line.values()]).all():
         sys.exit(f"fmd.py: step {line['step']}: a loss or gradient is not finite; "
                  "repeat the command with a lower --lr or another --seed")
@@ -559,11 +540,10 @@ def save(s, parts, step):
     ema = parts["ema"]
     about = {"config": ema.config, "gamma": s.gamma}
     student = {"ema": sit.released_names(ema.state_dict())} | about
-    sit.write(s.out / "student.pt", partial(torch.save, student))
-    if step % s.keep_every == 0:
-        sit.write(s.out / f"student-{step}.pt", partial(torch.save, student))
+    for name in (f"student-{step}.pt", "student.pt"):  # the first stays, if the run gets worse
+        sit.write(s.out / name, partial(torch.save, student))
     states = {name: part.state_dict() for name, part in parts.items()}
-    run = {"step": step, "settings": recorded(s)}
+    run = {"step": step, "settings": vars(s) | {"out": str(s.out)}}  # weights_only reads no Path
     sit.write(s.out / "ckpt.pt", partial(torch.save, about | states | run))
 
 

@@ -234,7 +234,7 @@ def table(args, rows):
     """Train students by fmd.py, one a row and seed, or go on with their runs. Sample and measure them.
     `pull` is the mean of the last 100 steps."""
     steps = f"--steps {args.steps}" if args.steps else ""  # a row's own number comes later, and holds
-    more = "--compile " * args.compile + "--eval-samples 2 --keep-every 100000 --save-every 1000 --log-every 100"
+    more = "--compile " * args.compile + "--eval-samples 2 --save-every 5000 --log-every 100"
     rows = [row for row in rows if any(words in row[0] for words in args.only)]
     for name, paper, flags in rows:
         found = []
