@@ -298,7 +298,7 @@ def train(s):
         for average, weight in zip(ema.parameters(), student.parameters()):
             average.lerp_(weight.detach(), 1 - decay)
 
-        # ---- Log this process's means since the last line. The sums stay on the GPU until then.
+        # ---- Log the means since the last line. The sums stay on the GPU until then.
         terms = {"prediction": mean_square(residual_p), "correction": mean_square(residual_c),
                  "online": online_loss.detach(), "lambda": lam, "pull": pull,
                  "student_norm": student_norm, "online_norm": online_norm}
@@ -306,7 +306,7 @@ def train(s):
         done = step + 1
         saving = done % s.save_every == 0 or done == s.steps
         if saving or done % s.log_every == 0:
-            means = (totals / (done - logged)).tolist()
+            means = mean_of_processes(totals / (done - logged)).tolist()
             speed = s.batch * (done - logged) / (time.perf_counter() - clock)
             totals, logged, clock = 0, done, time.perf_counter()  # before a save: its time counts
             line = {"step": done, **dict(zip(terms, means)), "lr": rate, "images_per_s": speed}
@@ -447,6 +447,12 @@ def say(text):
         tqdm.write(text)
 
 
+def mean_of_processes(values):
+    if WORLD > 1:
+        dist.all_reduce(values)
+    return values / WORLD
+
+
 def fetch(source):
     """-> a local path. One process of a machine downloads, the others wait."""
     if LOCAL_RANK == 0:
@@ -517,8 +523,7 @@ def resume(s, parts):
 
 def report(s, line, parts, fixed, decoder, saving):
     """On process 0, write one line of the log and, if `saving`, a checkpoint and the endpoint
-    error. A value that is not finite ends all processes, before anything is saved: gradients are
-    averaged, so one process's NaN is in every norm."""
+    error. A value that is not finite ends all processes, before anything is saved."""
     if not np.isfinite([*line.values()]).all():
         sys.exit(f"fmd.py: step {line['step']}: a loss or gradient is not finite; "
                  "repeat the command with a lower --lr or another --seed")

@@ -1546,7 +1546,7 @@ def test_several_processes_train_as_well_as_one(work):
         done = start(world, *args, world)
         assert done.stdout.count("next: python") == 1   # one process speaks
         errors[world] = logged(f"{world}", "endpoint_error")[-1]
-        for term in ("online", "student_norm"):         # of one process's rows, and of all
+        for term in ("online", "student_norm"):         # means over the processes, not sums
             assert logged(f"{world}", term)[0] == pytest.approx(logged("one", term)[0], rel=0.4)
     net, y = sit.load("teacher.pt")[0], torch.arange(64) % 10
     z = fmd.noises(0, range(64), (1, 8, 8))
