@@ -19,8 +19,8 @@ A step of training, in formulas:
   Δ_c = g(x_r, r) - u(x_r, r)             correction: velocity of the student's noised samples,
                                           learned by g, minus the teacher's
 
-  F moves against w Δ_p and λ Δ_c         w = 1 / (|Δ_p|² + ε)^k, a number for each sample;
-                                          λ = α mean|Δ_p| / (mean|Δ_c| + ε), a number for a batch
+  F(z, δ) moves against w Δ_p             w = 1 / (|Δ_p|² + ε)^k, a number for each sample
+  F(z, 1) moves against λ Δ_c             λ = α mean|Δ_p| / (mean|Δ_c| + ε), a number for a batch
   g(x_r, r) moves towards x - n           so g, a third network, learns E[x - n | x_r]
 
 |Δ| is the root mean square of one sample's numbers. Prediction makes the student's path follow the
@@ -28,14 +28,12 @@ teacher's, but small errors add up along the path. Correction compares where pat
 distribution. F, u and g also take a class label y and a guidance strength γ: the student learns the
 guided velocity, and samples with one evaluation. (In Δ_c, u is guided for r up to --cut only.)
 
-A sample pulls at F by the size of its term above. With the paper's k = 1 a sample of prediction
-pulls with w |Δ_p|, about 1 / |Δ_p|. So samples that it cannot fit yet do not drown correction. λ
-sets the mean of |λ Δ_c| to α mean|Δ_p|, and w has no part in it. So at |Δ_p| = 0.3 and α = 1
-prediction pulls with 3.3, and correction with 0.3. The log has the ratio as `pull`: it falls as
-prediction converges.
+With the paper's k = 1 a sample of prediction pulls at F with about 1 / |Δ_p|, so samples that F
+cannot fit yet do not drown correction. A sample of correction pulls, on average, with α |Δ_p|. At
+|Δ_p| = 0.3 and α = 1 these are 3.3 and 0.3. The log has the second over the first as `pull`: it
+falls as prediction converges.
 
-If you know MeanFlow: here the start z of a path is fixed. So ∂F/∂δ is a partial derivative, without
-a term (v·∇)F.
+If you know MeanFlow: the start z of a path is fixed here, so ∂F/∂δ needs no term (v·∇)F.
 
   python fmd.py                                            distil the bundled teacher of MNIST's
                                                            digits, in minutes; or resume
@@ -43,7 +41,7 @@ a term (v·∇)F.
   python fmd.py --sample 100 --guidance 1.5 --labels 7     one-step samples of the student
   python fmd.py --rollout 100 --solver heun                many-step samples of the teacher
 
-Sections 1 to 5 are the method. [P] marks what is the paper's, [ours] what it leaves open.
+Sections 1 to 5 are the method. [P] marks what is the paper's, [ours] what is not.
 """
 
 import argparse
@@ -117,7 +115,7 @@ def rollout(u, z, steps, solver="heun"):
         raise ValueError(f"solver {solver}: must be euler or heun")
     x = z
     for i in range(steps):
-        t, t_next = x.new_full((len(x),), 1 - i / steps), x.new_full((len(x),), 1 - (i + 1) / steps)
+        t, t_next = (x.new_full((len(x),), 1 - j / steps) for j in (i, i + 1))
         v = same_shape(u(x, t), x)
         if solver == "heun" and i + 1 < steps:
             v = (v + u(x + v / steps, t_next)) / 2
@@ -224,9 +222,9 @@ def student_loss(F_p, residual_p, F_c, residual_c, k=1.0, alpha=1.0, eps=1e-3):
 
 # ---- 5. The training loop ----
 def train(s):
-    """Distil. s: the settings of section 6. Writes student.pt, ckpt.pt, metrics.jsonl and pairs.png
-    to s.out. The same command, repeated, goes on from ckpt.pt. Each of WORLD processes runs this
-    function on its share of the batch; process 0 prints and writes.
+    """Distil. s: the settings of section 6. Writes the files of section 8 to s.out. The same
+    command, repeated, goes on from ckpt.pt. Each of WORLD processes runs this function on its share
+    of the batch; process 0 prints and writes.
     If you copy this: keep the weights in float32, or the average rounds away (bfloat16 is for
     autocast), and have no dropout in the three networks."""
     device = join(s.device)
@@ -235,19 +233,19 @@ def train(s):
     shape, classes = teacher.config["shape"], teacher.config["classes"]
     null = classes  # ∅ comes after the last class
 
-    # ---- Networks. All start as the teacher (F as --init, if given). The new embedders of δ and γ
-    # give 0 at first, so F is the unguided u(z, 1) at every δ, and g is the unguided u. Δ_c then is
-    # guidance alone; it tells about the student once g has learned. That g takes γ is [ours].
+    # ---- Networks. All start as the teacher (or F as --init). New embedders, of δ and γ, give 0 at
+    # first: F is the unguided u(z, 1) at every δ, and g the unguided u. So Δ_c is at first the
+    # teacher's guidance alone, until g has learned the student. That g takes γ is [ours].
     torch.manual_seed(s.seed)
     start = load(s.init, s.res, device, student=True, teacher=teacher)[0] if s.init else teacher
     student = sit.start_from(start, delta=True, gamma=True)
     online = sit.start_from(teacher, gamma=True)  # g
-    ema = sit.start_from(student).requires_grad_(False)  # the student's average, which samples
+    ema = sit.start_from(student).requires_grad_(False)  # the average, from which we sample
     optimizer = torch.optim.Adam([*student.parameters(), *online.parameters()], fused=True,
                                  betas=(0.9, 0.99))  # [ours], as are rates, clipping and average
     parts = {"student": student, "online": online, "ema": ema, "optimizer": optimizer}
     first = resume(s, parts)
-    fixed = references(s, teacher)
+    fixed = references(s, teacher) if RANK == 0 else None
     if RANK == 0:
         error = compare(s, ema, fixed, decoder)
         say(f"step {first}: endpoint error {error:.3f}. See {s.out / 'pairs.png'}: if the left of "
@@ -306,17 +304,19 @@ def train(s):
         done = step + 1
         saving = done % s.save_every == 0 or done == s.steps
         if saving or done % s.log_every == 0:
-            means = mean_of_processes(totals / (done - logged)).tolist()
-            speed = s.batch * (done - logged) / (time.perf_counter() - clock)
-            totals, logged, clock = 0, done, time.perf_counter()  # before a save: its time counts
-            line = {"step": done, **dict(zip(terms, means)), "lr": rate, "images_per_s": speed}
+            means = totals / (done - logged) / WORLD
+            if WORLD > 1:
+                dist.all_reduce(means)
+            line = {"step": done, **dict(zip(terms, means.tolist())), "lr": rate}
+            line["images_per_s"] = s.batch * (done - logged) / (time.perf_counter() - clock)
+            totals, logged, clock = 0, done, time.perf_counter()  # a save counts in the next speed
             report(s, line, parts, fixed, decoder, saving)
     say(f"next: python fmd.py --res {s.res} --sample 100 --out {s.out}")
 
 
 def step_seed(seed, step, rank):
-    """A hash of seed and process, plus the step. So a run of another seed has other draws, and no
-    two steps of a run share theirs (torch's CPU generator keeps 32 bits of a seed)."""
+    """A hash of seed and process, plus the step. Without it seed 1 would be seed 0, a step late.
+    No two steps of a process share a seed, even in the 32 bits that torch's CPU generator keeps."""
     return int(np.random.SeedSequence((seed, rank)).generate_state(1)[0]) + step
 
 
@@ -327,9 +327,8 @@ def learning_rate(step, steps, warmup, decay_from):
 
 
 # ---- 6. Settings ----
-# The defaults below are for --res 28: digits, or any pixels. At 256 and 512, of latents, these
-# differ. [P]: alpha, cut, batch and steps; [ours]: the others. At 28 correction is stronger: with
-# the paper's alpha and cut it does nothing on digits (assets/RESULTS.md).
+# Defaults at 256 and 512 (latents), where they differ from parse's, which are for 28 (pixels). [P]:
+# alpha, cut, batch, steps. With these alpha and cut correction does nothing on digits (RESULTS.md).
 AT_256 = dict(alpha=1.0, cut=0.7, steps=100_000, batch=256, lr=1e-4, warmup=1000,
               decay_from=1.0, ema=0.9999, bf16=True, compile=True, teacher="SiT-XL/2",
               vae="sd-vae-ft-ema", out="out/256", log_every=50, save_every=10_000, eval_samples=64)
@@ -350,7 +349,7 @@ def parse(argv=None):
     add("--k", type=float, default=1.0, help="exponent of w, the weights of prediction [P]")
     add("--alpha", type=float, default=5.0, help="strength of correction")
     add("--gamma", type=float, default=[1.0, 2.0], nargs=2, help="range of γ in training")
-    add("--interval", type=float, default=[0.0, 1.0], nargs=2, help="guided at these t")
+    add("--interval", type=float, default=[0.0, 1.0], nargs=2, help="range of t that is guided")
     add("--cut", type=float, default=1.0, help="correction's teacher is guided up to this r")
     add("--r-location", type=float, default=0.8, help="mean of the logit of r [P]")
     add("--r-scale", type=float, default=1.0, help="standard deviation of the logit of r")
@@ -361,7 +360,7 @@ def parse(argv=None):
     add("--warmup", type=int, default=20, help="steps up to the peak")
     add("--decay-from", type=float, default=0.3, help="share of steps before the fall; 1: none")
     add("--ema", type=float, default=0.99, help="decay of the student's average")
-    add("--seed", type=int, default=0, help="of every draw")
+    add("--seed", type=int, default=0, help="of all random draws")
     add("--bf16", action=switch, default=False, help="in training, networks compute in bfloat16")
     add("--compile", action=switch, default=False, help="blocks and derivative: minutes, once")
     add("--checkpointing", action=switch, default=False, help="recompute activations: less memory")
@@ -370,39 +369,39 @@ def parse(argv=None):
     # Files and the log.
     add("--teacher", type=path, default="assets/teacher-mnist.pt",
         help="file, URL or name in sit.RELEASED")
-    add("--convention", choices=("sit", "repa"), help="clock and sign of its file, if not found")
+    add("--convention", choices=("sit", "repa"), help="its file's clock and sign, if not found")
     add("--init", type=path, help="start from this student, in place of the teacher")
     add("--vae", type=path, help="decoder of the latents")
     add("--out", type=path, default="out/28", help="folder")
     add("--log-every", type=int, default=25, help="steps between lines of the log")
-    add("--save-every", type=int, default=500, help="steps between saves; each student is kept")
-    add("--eval-samples", type=int, default=256, help="noises of an endpoint error")
+    add("--save-every", type=int, default=500, help="steps between saves; each has its file")
+    add("--eval-samples", type=int, default=256, help="noises of endpoint_error")
     # Sampling, in place of training.
-    either = parser.add_mutually_exclusive_group().add_argument
-    either("--sample", type=int, metavar="N", help="samples of the student")
-    either("--rollout", type=int, metavar="N", help="samples of the teacher")
-    add("--ckpt", type=path, help="the student, if not OUT/student.pt")
+    job = parser.add_mutually_exclusive_group()
+    job.add_argument("--sample", type=int, metavar="N", help="samples of the student")
+    job.add_argument("--rollout", type=int, metavar="N", help="samples of the teacher")
+    add("--ckpt", type=path, help="student of --sample, if not OUT/student.pt")
     add("--guidance", type=float, default=1.5, help="γ of the samples")
-    add("--labels", type=int, nargs="+", help="of the samples, in turn, if not all")
-    add("--solver", choices=("heun", "euler"), default="heun", help="of the rollout")
-    add("--rollout-steps", type=int, default=32, help="steps of the rollout")
+    add("--labels", type=int, nargs="+", help="classes, in turn, if not all")
+    add("--solver", choices=("heun", "euler"), default="heun", help="of --rollout")
+    add("--rollout-steps", type=int, default=32, help="steps of --rollout")
 
-    defaults = vars(parser.parse_args([]))
+    defaults = vars(parser.parse_args([]))  # those above
     parser.epilog = f"--res 28: {defaults}\n\n--res 256: {AT_256}\n\n--res 512: {AT_512}"
-    res = parser.parse_known_args(argv)[0].res
+    res = parser.parse_known_args(argv)[0].res  # read first, because it sets other defaults
     parser.set_defaults(**{28: {}, 256: AT_256, 512: AT_512}[res])
     s = parser.parse_args(argv)
-    s.out, s.torch, s.processes = Path(s.out), str(torch.__version__), WORLD  # for ckpt.pt, too
+    s.out = Path(s.out)
+    s.torch, s.processes = str(torch.__version__), WORLD  # so that resume can note a change
     check(s, parser.error)
     return s
 
 
 def check(s, error):
     """Call error(text), which exits, if settings cannot work. Adds a batch's rows_p and rows_c."""
-    limits = {(1, np.inf): "steps batch log_every save_every eval_samples sample rollout "
-                           "rollout_steps",
-              (0, np.inf): "warmup seed", (0, 1): "correction cut interval lr decay_from ema"}
-    for (low, high), names in limits.items():
+    counts = "steps batch log_every save_every eval_samples sample rollout rollout_steps"
+    for names, low, high in ((counts, 1, np.inf), ("warmup seed", 0, np.inf),
+                             ("correction cut interval lr decay_from ema", 0, 1)):
         for name in names.split():
             value = getattr(s, name)
             if value is not None and not all(low <= x <= high for x in np.ravel(value)):
@@ -416,12 +415,15 @@ def check(s, error):
               "start fewer processes, or use --device cpu")
     s.rows_c = round(s.batch * s.correction)
     s.rows_p = s.batch - s.rows_c
+    if 0 < s.correction < 1 and 0 in (s.rows_p, s.rows_c):
+        error(f"--correction {s.correction}: of --batch {s.batch} one objective gets no rows")
     if s.sample or s.rollout:
         return
     if s.rows_p % WORLD or s.rows_c % WORLD:
         error(f"--batch {s.batch}: {WORLD} processes cannot share {s.rows_p} rows of prediction "
               f"and {s.rows_c} of correction; give multiples of {WORLD}")
-    read = [Path(source or "").resolve() for source in (s.teacher, s.vae, s.init)]
+    read = [Path(folder, source or "").resolve() for source in (s.teacher, s.vae, s.init)
+            for folder in ("", Path(__file__).parent)]  # where sit.fetch looks
     for name in ("student.pt", "ckpt.pt", *(kept.name for kept in s.out.glob("student-*.pt"))):
         if (s.out / name).resolve() in read:
             error(f"--out {s.out}: {name} would be overwritten, and is read; give another")
@@ -436,7 +438,7 @@ def join(kind):
         torch.cuda.set_device(device)
     if WORLD > 1:
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-        wait = datetime.timedelta(minutes=30)  # for process 0, which evaluates and saves
+        wait = datetime.timedelta(minutes=30)  # while process 0 evaluates and saves
         dist.init_process_group(backend, timeout=wait)
     return device
 
@@ -445,12 +447,6 @@ def say(text):
     """Print, once for all processes, and past the progress bar."""
     if RANK == 0:
         tqdm.write(text)
-
-
-def mean_of_processes(values):
-    if WORLD > 1:
-        dist.all_reduce(values)
-    return values / WORLD
 
 
 def fetch(source):
@@ -463,28 +459,26 @@ def fetch(source):
 
 
 def load(source, res, device, convention=None, student=False, teacher=None):
-    """-> a frozen teacher or student in fmd.py's clock and sign, whatever its own are; what else
-    its file holds. teacher: what a student must fit. Raises sit.FileError."""
+    """-> a frozen teacher or student, called in fmd.py's clock and sign whatever its weights have;
+    what else its file holds. teacher: must have its shape and classes. Raises sit.FileError."""
     net, info = sit.load(fetch(source), convention=convention)
     shape, classes, convention = (net.config[name] for name in ("shape", "classes", "convention"))
     if (net.config["delta"], net.config["gamma"]) != (student, student):
         raise sit.FileError(f"{source}: not a {'student' if student else 'teacher'}")
     if (res > 28 and shape != [4, res // 8, res // 8]) or (res == 28 and shape[0] == 4):
         raise sit.FileError(f"{source}: made for {shape}, not for --res {res}")
-    for name in ("shape", "classes") if teacher else ():
-        if net.config[name] != teacher.config[name]:
-            raise sit.FileError(f"{source}: {name} {net.config[name]}, but the teacher's is "
-                                f"{teacher.config[name]}; give a student of such a teacher")
+    if teacher and (shape, classes) != (teacher.config["shape"], teacher.config["classes"]):
+        raise sit.FileError(f"{source}: shape {shape}, classes {classes}; not those of the teacher")
     say(f"{source}: convention {convention} ({info['why']}), labels 0 to {classes - 1}")
     return net.to(device), info
 
 
 def prepare(s, teacher, student, online):
-    """The networks as the settings run them -> student and g under DDP; duration_derivative."""
+    """Apply --checkpointing and --compile -> student, g (in DDP, if many); duration_derivative."""
     student.checkpointing = online.checkpointing = s.checkpointing  # of activations
     derivative = duration_derivative
     if s.compile:  # block by block: DDP and checkpointing stay outside of the graphs
-        torch._dynamo.config.optimize_ddp = False  # it would cut a block at the bounds of buckets
+        torch._dynamo.config.optimize_ddp = False  # else DDP's buckets cut blocks into pieces
         for block in (*teacher.blocks, *student.blocks, *online.blocks):
             block.compile(dynamic=False)
         derivative = torch.compile(duration_derivative, dynamic=False, fullgraph=True)
@@ -506,10 +500,9 @@ def resume(s, parts):
         step = file["step"]
         changed = {name: value for name, value in file["settings"].items()
                    if str(getattr(s, name, None)) != str(value)}
-        for name in METHOD:
-            if name in changed:
-                raise sit.FileError(f"{path}: {name} was {changed[name]}; "
-                                    "give that, or another --out")
+        refused = [f"{name} was {changed[name]}" for name in METHOD if name in changed]
+        if refused:
+            raise sit.FileError(f"{path}: {', '.join(refused)}; give that, or another --out")
         if step >= s.steps:
             raise sit.FileError(f"{path}: this run has all its {step} steps; give more --steps, "
                                 "or another --out for another run")
@@ -525,8 +518,9 @@ def report(s, line, parts, fixed, decoder, saving):
     """On process 0, write one line of the log and, if `saving`, a checkpoint and the endpoint
     error. A value that is not finite ends all processes, before anything is saved."""
     if not np.isfinite([*line.values()]).all():
-        sys.exit(f"fmd.py: step {line['step']}: a loss or gradient is not finite; "
-                 "repeat the command with a lower --lr or another --seed")
+        text = (f"fmd.py: step {line['step']}: a loss or gradient is not finite; "
+                "repeat the command with a lower --lr or another --seed")
+        sys.exit(text if RANK == 0 else 1)
     if RANK > 0:
         return
     if saving:
@@ -541,11 +535,11 @@ def report(s, line, parts, fixed, decoder, saving):
 
 
 def save(s, parts, step):
-    """Write student.pt, the average in the released names, and ckpt.pt, whole or not at all."""
+    """Write student.pt, the average under the released files' names of weights, and ckpt.pt."""
     ema = parts["ema"]
-    about = {"config": ema.config, "gamma": s.gamma}
+    about = {"config": ema.config, "gamma": s.gamma}  # in both, so --ckpt takes either
     student = {"ema": sit.released_names(ema.state_dict())} | about
-    for name in (f"student-{step}.pt", "student.pt"):  # the first stays, if the run gets worse
+    for name in (f"student-{step}.pt", "student.pt"):  # the first is not overwritten
         sit.write(s.out / name, partial(torch.save, student))
     states = {name: part.state_dict() for name, part in parts.items()}
     run = {"step": step, "settings": vars(s) | {"out": str(s.out)}}  # weights_only reads no Path
@@ -553,9 +547,6 @@ def save(s, parts, step):
 
 
 # ---- 9. Evaluation and sampling ----
-CHUNK = 64  # samples at a time
-
-
 def noises(seed, numbers, shape):
     """-> (len(numbers), *shape). Noise i depends on the seed and i alone."""
     draws = [np.random.default_rng((seed, i)).standard_normal(shape, np.float32) for i in numbers]
@@ -606,16 +597,16 @@ def save_grid(path, images):
     sit.write(path, partial(save_image, images, format="PNG", nrow=10, pad_value=1))
 
 
-def sample(s):
+def sample(s, chunk=64):
     """--sample or --rollout: N samples to an npz, as ADM's evaluator reads it, and a grid of some.
-    Noise i is the same whatever N and the number of processes."""
+    Noise i is the same whatever N and the number of processes. chunk: samples at a time."""
     device = join(s.device)
     total = s.sample or s.rollout
     file = s.out / ("samples.npz" if s.sample else "rollout.npz")
     source = (s.ckpt or s.out / "student.pt") if s.sample else s.teacher
     net, info = load(source, s.res, device, s.convention, student=bool(s.sample))
     decoder = sit.load_decoder(fetch(s.vae)).to(device) if s.res > 28 else None
-    (channels, *sides), classes = net.config["shape"], net.config["classes"]
+    shape, classes = net.config["shape"], net.config["classes"]
     given = s.labels or range(classes)
     if not 0 <= min(given) <= max(given) < classes:
         sys.exit(f"fmd.py: --labels {given}: give some of 0 to {classes - 1}")
@@ -627,12 +618,12 @@ def sample(s):
     # ---- All processes write their rows into one file, and each holds one chunk in memory.
     pixels, clock = file.with_suffix(".pixels"), time.perf_counter()
     s.out.mkdir(parents=True, exist_ok=True)
-    pixels.touch()  # it may hold another process's rows by now
+    pixels.touch()  # unlike mode wb, keeps rows that others wrote
     mine = range(total)[RANK * total // WORLD:(RANK + 1) * total // WORLD]  # may be empty
     with open(pixels, "r+b") as writer:
-        for start in tqdm(range(0, len(mine), CHUNK), disable=RANK > 0 or None):
-            rows = mine[start:start + CHUNK]
-            z = noises(s.seed, rows, net.config["shape"]).to(device)
+        for start in tqdm(range(0, len(mine), chunk), disable=RANK > 0 or None):
+            rows = mine[start:start + chunk]
+            z = noises(s.seed, rows, shape).to(device)
             y = torch.tensor(labels[rows], device=device)
             x = (one_step(net, z, y, s.guidance) if s.sample else
                  many_steps(net, z, y, s.guidance, classes, s.rollout_steps, s.solver, s.interval))
@@ -643,7 +634,7 @@ def sample(s):
         dist.barrier()
     if RANK == 0:
         seconds = time.perf_counter() - clock
-        size = (s.res, s.res, 3) if decoder else (*sides, channels)
+        size = (s.res, s.res, 3) if decoder else (*shape[1:], shape[0])
         images = np.memmap(pixels, np.uint8, "r", shape=(total, *size))
         sit.write(file, partial(np.savez, arr_0=images, arr_1=labels))
         save_grid(file.with_suffix(".png"), torch.tensor(images[:100]))
@@ -656,7 +647,8 @@ def main(argv=None):
     s = parse(argv)
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as in the authors' sampler
     try:
-        sample(s) if s.sample or s.rollout else train(s)
+        job = sample if s.sample or s.rollout else train
+        job(s)
     except (sit.FileError, OSError) as e:
         sys.exit(f"fmd.py: {e}")
     if WORLD > 1:

@@ -1309,7 +1309,7 @@ def test_a_teacher_without_a_picture_trains_and_is_saved(work, capsys):
     save_net("pixels.pt", tiny(shape=(16, 8, 8), classes=10))
     run(*SMALL, "--steps", 2, "--teacher", "pixels.pt", "--out", "o")
     assert "pairs.png is left out: it would have 16 channels" in capsys.readouterr().out
-    assert sorted(os.listdir("o")) == ["ckpt.pt", "metrics.jsonl", "student.pt"]
+    assert sorted(os.listdir("o")) == ["ckpt.pt", "metrics.jsonl", "student-2.pt", "student.pt"]
     run("--sample", 3, "--device", "cpu", "--out", "o")
     assert np.load("o/samples.npz")["arr_0"].shape == (3, 8, 8, 16)
 
@@ -1346,7 +1346,7 @@ def test_sampling_commands(work):
 
 def test_sampling_killed_half_way_leaves_no_samples(work, monkeypatch):
     save_net("student.pt", tiny(shape=(1, 8, 8), classes=10, **STUDENT), gamma=[1.0, 2.0])
-    monkeypatch.setattr(fmd, "CHUNK", 4)
+    monkeypatch.setattr(fmd.sample, "__defaults__", (4,))
     args, shapes = [*FROM_TEACHER, *"--ckpt student.pt --sample 12 --out o".split()], []
     def stop(x, decoder, real=sit.to_uint8):
         shapes.append(x.shape)
@@ -1405,6 +1405,8 @@ BAD = [
     ("--teacher student.pt", "student.pt: not a teacher"),
     ("--teacher ckpt.pt --out .", "--out .: ckpt.pt would be overwritten, and is read; give another"),
     ("--teacher ./o/../student.pt --out .", "--out .: student.pt would be overwritten"),
+    ("--correction 0.01", "--correction 0.01: of --batch 32 one objective gets no rows"),
+    ("--correction 0.99", "--correction 0.99: of --batch 32 one objective gets no rows"),
     ("--sample 1 --ckpt teacher.pt", "teacher.pt: not a student"),
     ("--sample 1 --ckpt cut.pt", "cut.pt: not a checkpoint"),
     ("--sample 1 --ckpt ~/student.pt", "/home/nobody/student.pt: no such file"),
@@ -1469,7 +1471,7 @@ def test_notes(work, capsys):
     out = capsys.readouterr().out
     assert "convention repa (REPA is a word of the file's name), labels 0 to 9\n" in out
 
-def test_a_student_to_start_from(work, capsys):
+def test_a_student_to_start_from(work, capsys, monkeypatch):
     """--init: the same network in its own clock and sign, and with other settings; one line if it does
     not fit."""
     student = tiny(shape=(1, 8, 8), classes=10, depth=1, convention="repa", **STUDENT)
@@ -1484,12 +1486,14 @@ def test_a_student_to_start_from(work, capsys):
     for name, extra in (("side", dict(shape=(1, 4, 4))), ("labels", dict(classes=3))):
         save_net(f"{name}.pt", tiny(**dict(shape=(1, 8, 8), classes=10) | extra, **STUDENT))
     no = partial(refused, capsys, fmd.main)
-    no([*SMALL, "--init", "side.pt"], r"side.pt: shape \[1, 4, 4\], but the teacher's is \[1, 8, 8\]")
-    no([*SMALL, "--init", "labels.pt"], "labels.pt: classes 3, but the teacher's is 10")
+    no([*SMALL, "--init", "side.pt"], r"side.pt: shape \[1, 4, 4\], classes 10; not those of the teacher")
+    no([*SMALL, "--init", "labels.pt"], r"labels.pt: shape \[1, 8, 8\], classes 3; not those of the teacher")
     no([*SMALL, "--init", "teacher.pt"], "teacher.pt: not a student")
     no([*SMALL, "--init", "o/student.pt", "--out", "o"], "student.pt would be overwritten, and is read")
     Path("o/student-7.pt").write_bytes(Path("o/student.pt").read_bytes())
     no([*SMALL, "--init", "o/student-7.pt", "--out", "o"], "student-7.pt would be overwritten, and is read")
+    monkeypatch.setattr(fmd, "__file__", "o/fmd.py")        # a name is looked for beside fmd.py as well
+    no([*SMALL, "--init", "student.pt", "--out", "o"], "student.pt would be overwritten, and is read")
 
 def test_a_launcher_may_show_each_process_a_gpu_of_its_own(monkeypatch, capsys):
     """srun --gpus-per-task=1: process 3 of a machine sees one GPU, number 0. All wait for half an hour."""
@@ -1657,7 +1661,7 @@ def test_rounding_is_not_scaled_up(work):
 @pytest.mark.parametrize("extra", [["--no-bf16"], []], ids=str)
 def test_imagenet_in_miniature(work, monkeypatch, extra):
     monkeypatch.setattr(sit.load_decoder, "__defaults__", ((32,) * 4,))
-    monkeypatch.setattr(fmd, "CHUNK", 4)
+    monkeypatch.setattr(fmd.sample, "__defaults__", (4,))
     save_net("xl.pt", tiny(shape=(4, 32, 32), patch=8, classes=1000, learn_sigma=True))
     torch.save(small_decoder((32,) * 4).state_dict(), "vae.pt")
     big = "--res 256 --teacher xl.pt --vae vae.pt --device cpu --eval-samples 2 --out big".split()
