@@ -74,7 +74,9 @@ LENGTHS = [(f"{name}, {steps} steps", "", f"--steps {steps} {flags}".strip()) fo
 CONTROL = [("prediction alone", "", "--correction 0"), ("α = 1", "", "--alpha 1"), ("α = 5", "", "--alpha 5"),
            ("α = 7", "", "--alpha 7"), ("α = 10", "", "--alpha 10"), ("α = 20", "", "--alpha 20"),
            ("α = 7, cut 0.7", "", "--alpha 7 --cut 0.7"),
-           ("α = 7, r seldom above 0.6", "", "--alpha 7 --r-location -1.2 --r-scale 0.5")]
+           ("α = 7, r seldom above 0.6", "", "--alpha 7 --r-location -1.2 --r-scale 0.5"),
+           ("a lower rate, prediction alone", "", "--correction 0 --lr 1e-4"),
+           ("a lower rate, α = 7", "", "--alpha 7 --lr 1e-4")]
 
 
 # ---- Digits and their classifier ----
